@@ -1,0 +1,96 @@
+"""A model on disk: which files it is, and the digests that identify it.
+
+A model is one GGUF file, or a directory as Hugging Face lays it out
+(config.json, tokenizer files, *.safetensors). It knows no tensors and no network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Literal
+
+from headrace.errors import StartupError
+from headrace.models.gguf_file import GgufFile
+from headrace.registry import check_model_name
+
+Format = Literal["gguf", "huggingface"]
+
+#: The files of a Hugging Face directory that decide what text becomes.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "vocab.txt",
+)
+_SAMPLES = 64
+_SAMPLE_LEN = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """One model: its name in the mesh, and its GGUF file or its directory."""
+
+    name: str
+    format: Format
+    path: Path
+
+    def revision(self) -> str:
+        """A digest of config and weights that hosts with the same files agree on.
+
+        Weights are sampled, so that it takes milliseconds for any size: names,
+        sizes and 64 pieces of 4 KiB of each file.
+        """
+        state = blake2b(digest_size=16, person=b"headrace-rev")
+        for path in self._content_files():
+            size = path.stat().st_size
+            state.update(f"{path.suffix}:{size}\0".encode())
+            with path.open("rb") as file:
+                for sample in range(_SAMPLES):
+                    file.seek(max(0, size - _SAMPLE_LEN) * sample // (_SAMPLES - 1))
+                    state.update(file.read(_SAMPLE_LEN))
+        return state.hexdigest()
+
+    def tokenizer_digest(self) -> str:
+        """A digest of all that decides which ids a text becomes, and its chat template."""
+        state = blake2b(digest_size=16, person=b"headrace-tok")
+        if self.format == "gguf":
+            gguf = GgufFile(self.path)
+            for key in sorted(k for k in gguf.metadata if k.startswith("tokenizer.")):
+                state.update(key.encode() + b"\0" + gguf.raw_value(key))
+        else:
+            for name in TOKENIZER_FILES:
+                if (self.path / name).exists():
+                    state.update(name.encode() + b"\0" + (self.path / name).read_bytes())
+        return state.hexdigest()
+
+    def _content_files(self) -> list[Path]:
+        if self.format == "gguf":
+            return [self.path]
+        return [self.path / "config.json", *sorted(self.path.glob("*.safetensors"))]
+
+
+def from_path(path: Path, name: str | None = None) -> ModelFiles:
+    """The model at `path`. Raises StartupError if there is none."""
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise StartupError(f"{path} is not a .gguf file or a model directory")
+        return ModelFiles(check_model_name(name or _name_of(path.stem)), "gguf", path)
+    if not path.is_dir():
+        raise StartupError(f"there is no model at {path}")
+    name = check_model_name(name or _name_of(path.resolve().name))
+    if (path / "config.json").exists():
+        return ModelFiles(name, "huggingface", path)
+    found = sorted(path.glob("*.gguf"))
+    if len(found) == 1:
+        return ModelFiles(name, "gguf", found[0])
+    raise StartupError(
+        f"{path} holds no config.json and {len(found)} .gguf files; name the file to serve"
+    )
+
+
+def _name_of(stem: str) -> str:
+    return stem.lower().replace(" ", "-")

@@ -1,0 +1,200 @@
+"""What stands in Redis: keys, cards and packed ids, as worker and router share them.
+
+All keys of a model's partition carry one hash tag, so that one script may touch
+them on a cluster:
+
+    headrace:v1:models                              hash   model -> ModelCard (JSON)
+    headrace:v1:{<model>:<p>}:workers               zset   worker id -> when its lease ends (ms)
+    headrace:v1:{<model>:<p>}:worker:<id>           string WorkerCard (JSON)
+    headrace:v1:{<model>:<p>}:lease:<id>            string generation, with the TTL
+    headrace:v1:{<model>:<p>}:owned:<id>:<g>:<tier> string 8 bytes a slot: a short id, or 0
+    headrace:v1:{<model>:<p>}:seq:<id>:<g>          string number of the last event
+    headrace:v1:{<model>:<p>}:events                stream of Event
+
+An owned set is a packed string: a Redis set costs 50 bytes an id, this 8. The
+worker's publisher gives every id a slot; a reader ignores slots that are 0.
+
+This module opens no connection but through `connect`, and holds no state.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from headrace.blocks import SHORT_ID_LEN
+from headrace.errors import StartupError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from redis.asyncio import Redis
+
+PREFIX = "headrace:v1"
+MODELS_KEY = f"{PREFIX}:models"
+
+#: The tier that every engine has: blocks in the device's own memory.
+DEVICE_TIER = "device"
+
+#: How long a lease lives without being renewed, and how often it is renewed.
+LEASE_TTL_MS = 6000
+LEASE_RENEW_MS = 1500
+
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+
+
+class ModelCard(msgspec.Struct, frozen=True):
+    """What workers that serve one model must agree on."""
+
+    name: str
+    revision: str
+    tokenizer_digest: str
+    context_len: int
+    block_size: int
+    modalities: tuple[str, ...] = ("text",)
+    created: int = 0
+
+
+class WorkerCard(msgspec.Struct, frozen=True):
+    """One worker process, as it tells others."""
+
+    worker_id: str
+    generation: int
+    address: str
+    model: ModelCard
+    engine: str
+    hash_vector: str
+    total_blocks: int
+    role: str = "complete"
+    cluster: str = ""
+    resume: str = "exact"
+    adapters: tuple[str, ...] = ()
+    tiers: tuple[str, ...] = (DEVICE_TIER,)
+
+
+class Event(msgspec.Struct, frozen=True):
+    """One change of one worker's blocks; `sequence` grows by one from event to event."""
+
+    worker_id: str
+    generation: int
+    sequence: int
+    stored: tuple[int, ...] = ()
+    removed: tuple[int, ...] = ()
+    tier: str = DEVICE_TIER
+
+
+class Keys:
+    """The keys of one partition of one model's workers."""
+
+    def __init__(self, model: str, partition: int = 0) -> None:
+        self.model = model
+        self.tag = f"{PREFIX}:{{{model}:{partition}}}"
+        self.workers = f"{self.tag}:workers"
+        self.events = f"{self.tag}:events"
+
+    def worker(self, worker_id: str) -> str:
+        return f"{self.tag}:worker:{worker_id}"
+
+    def lease(self, worker_id: str) -> str:
+        return f"{self.tag}:lease:{worker_id}"
+
+    def owned(self, worker_id: str, generation: int, tier: str = DEVICE_TIER) -> str:
+        return f"{self.tag}:owned:{worker_id}:{generation}:{tier}"
+
+    def sequence(self, worker_id: str, generation: int) -> str:
+        return f"{self.tag}:seq:{worker_id}:{generation}"
+
+
+def check_model_name(name: str) -> str:
+    """Return `name`. Raises StartupError if it can't stand in a key or a URL."""
+    if not _MODEL_NAME.fullmatch(name):
+        raise StartupError(
+            f"model name {name!r} must be 1 to 128 letters, digits or ._/- and begin "
+            "with a letter or digit; give another with NAME=PATH"
+        )
+    return name
+
+
+def partition_of(worker_id: str, num_partitions: int) -> int:
+    """The partition that a worker's keys live in."""
+    return sum(worker_id.encode()) % num_partitions
+
+
+def pack_short_ids(ids: Iterable[int]) -> bytes:
+    """Short ids as little-endian u64."""
+    return array("Q", ids).tobytes()
+
+
+def unpack_short_ids(data: bytes) -> list[int]:
+    """The inverse of `pack_short_ids`; slots that are 0 included. Raises ValueError."""
+    if len(data) % SHORT_ID_LEN:
+        raise ValueError(f"{len(data)} bytes are not a whole number of block ids")
+    return array("Q", data).tolist()
+
+
+def event_fields(event: Event) -> dict[str, bytes | str | int]:
+    """An event as the fields of a stream entry."""
+    return {
+        "w": event.worker_id,
+        "g": event.generation,
+        "s": event.sequence,
+        "t": event.tier,
+        "+": pack_short_ids(event.stored),
+        "-": pack_short_ids(event.removed),
+    }
+
+
+def parse_event(fields: Mapping[bytes, bytes]) -> Event:
+    """The inverse of `event_fields`, as Redis returns it. Raises ValueError when malformed."""
+    try:
+        return Event(
+            worker_id=fields[b"w"].decode(),
+            generation=int(fields[b"g"]),
+            sequence=int(fields[b"s"]),
+            tier=fields[b"t"].decode(),
+            stored=tuple(unpack_short_ids(fields[b"+"])),
+            removed=tuple(unpack_short_ids(fields[b"-"])),
+        )
+    except (KeyError, UnicodeDecodeError) as error:
+        raise ValueError(f"malformed event: {error!r}") from error
+
+
+def encode_card(card: ModelCard | WorkerCard) -> bytes:
+    """A card as JSON."""
+    return msgspec.json.encode(card)
+
+
+def decode_worker_card(data: bytes) -> WorkerCard:
+    """The inverse of `encode_card`. Raises ValueError when malformed."""
+    return msgspec.json.decode(data, type=WorkerCard)
+
+
+def decode_model_card(data: bytes) -> ModelCard:
+    """The inverse of `encode_card`. Raises ValueError when malformed."""
+    return msgspec.json.decode(data, type=ModelCard)
+
+
+def connect(url: str, *, timeout_s: float = 1.0) -> Redis:
+    """A client of the server at `url`, binary, that retries nothing by itself.
+
+    The library's own ten retries hide outages of 12 s and apply transactions
+    twice; callers loop and decide themselves. Raises StartupError for a bad URL.
+    """
+    from redis.asyncio import Redis
+    from redis.asyncio.retry import Retry
+    from redis.backoff import NoBackoff
+
+    options: dict[str, Any] = {
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "retry": Retry(NoBackoff(), 0),
+        "decode_responses": False,
+        "protocol": 2,
+    }
+    try:
+        return Redis.from_url(url, **options)
+    except ValueError as error:
+        raise StartupError(f"--redis {url!r}: {error}") from error
