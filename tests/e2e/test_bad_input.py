@@ -9,10 +9,10 @@ from typing import Any
 
 import grpc
 import pytest
-from conftest import Mesh
 
 from headrace.v1 import inference_pb2 as pb
 from headrace.v1 import inference_pb2_grpc, types_pb2
+from tests.e2e.mesh import Mesh
 
 MODEL = "smollm2-135m"
 HELLO = [{"role": "user", "content": "Hello"}]

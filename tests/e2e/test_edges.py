@@ -16,11 +16,12 @@ from typing import Any
 
 import grpc
 import openai
-from conftest import Mesh, wait_for
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from headrace.v1 import inference_pb2 as pb
 from headrace.v1 import inference_pb2_grpc, types_pb2
+from tests.e2e.mesh import Mesh, wait_for
 
 MODEL = "smollm2-135m"
 BUF = str(Path(sys.executable).parent / "buf")
@@ -167,11 +168,8 @@ def test_many_clients_at_once(sim_mesh: Mesh) -> None:
 
 
 def test_unknown_paths_are_answered_as_openai_does(sim_mesh: Mesh) -> None:
-    try:
+    with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(f"{sim_mesh.url}/v1/nothing", timeout=10)
-    except urllib.error.HTTPError as error:
+    with caught.value as error:
         assert error.code == 404
         assert json.loads(error.read())["error"]["message"]
-        error.close()
-    else:
-        raise AssertionError("served")

@@ -8,7 +8,8 @@ from pathlib import Path
 import openai
 import psutil
 import pytest
-from conftest import Mesh
+
+from tests.e2e.mesh import Mesh
 
 RUST_MARKS = (b"/rustc/", b"rustc version ")
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import Mesh, Receiver, wait_for
+
+from tests.e2e.mesh import Mesh, Receiver, wait_for
 
 MODEL = "smollm2-135m"
 
