@@ -14,12 +14,33 @@ them on a cluster:
 An owned set is a packed string: a Redis set costs 50 bytes an id, this 8. The
 worker's publisher gives every id a slot; a reader ignores slots that are 0.
 
+How a reader follows a partition:
+
+1. It notes the stream's last id (XREVRANGE … COUNT 1; `0-0` if there is none), then
+   reads `workers`, and for each member the card, which names the generation g.
+2. It loads a worker in one MULTI: `lease:<id>`, `owned:<id>:<g>:<tier>`, `seq:<id>:<g>`,
+   and takes it only if the lease holds g; else the worker is changing hands: read the
+   card again. `owned` and `seq` change in one script, so that they agree.
+3. It follows `events` from the noted id, and for an event of worker w, generation g:
+   - `is_registration` (sequence 0): w lives as generation g and its keys are written.
+     If g is newer than what is known, what was known of w is void: load w (step 2).
+   - `is_departure` (sequence 0, tier "gone"): generation g stopped cleanly, its keys are
+     deleted. Remove w unless a newer generation of it is known.
+   - sequence n: of an older generation, or n ≤ the known sequence: ignore it (a repeat, or
+     the snapshot has it). n = known + 1: first take `removed` away, then add `stored`
+     (no id is in both). Otherwise there is a gap, or an unknown generation: load w.
+4. Now and then it compares `seq` with what it saw, for events that were trimmed away.
+
+Generations grow, and are new at every start of a worker and whenever it found its lease
+lost or taken; each comes with a registration. Nothing of an old generation is written
+again. All keys expire with the lease, the stream with the last worker's; a stream that
+comes back goes on with larger ids. `models` alone stays.
+
 This module opens no connection but through `connect`, and holds no state.
 """
 
 from __future__ import annotations
 
-import re
 from array import array
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +64,8 @@ DEVICE_TIER = "device"
 LEASE_TTL_MS = 6000
 LEASE_RENEW_MS = 1500
 
-_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+#: The tier of the event with which a worker leaves.
+GONE_TIER = "gone"
 
 
 class ModelCard(msgspec.Struct, frozen=True):
@@ -76,7 +98,10 @@ class WorkerCard(msgspec.Struct, frozen=True):
 
 
 class Event(msgspec.Struct, frozen=True):
-    """One change of one worker's blocks; `sequence` grows by one from event to event."""
+    """One change of one worker's blocks; `sequence` grows by one from event to event.
+
+    Sequence 0 is a generation's first or last event and changes no block by itself.
+    """
 
     worker_id: str
     generation: int
@@ -84,6 +109,16 @@ class Event(msgspec.Struct, frozen=True):
     stored: tuple[int, ...] = ()
     removed: tuple[int, ...] = ()
     tier: str = DEVICE_TIER
+
+    @property
+    def is_registration(self) -> bool:
+        """This generation is new and its keys are written: load them."""
+        return self.sequence == 0 and self.tier != GONE_TIER
+
+    @property
+    def is_departure(self) -> bool:
+        """This generation stopped cleanly and its keys are deleted."""
+        return self.sequence == 0 and self.tier == GONE_TIER
 
 
 class Keys:
@@ -106,16 +141,6 @@ class Keys:
 
     def sequence(self, worker_id: str, generation: int) -> str:
         return f"{self.tag}:seq:{worker_id}:{generation}"
-
-
-def check_model_name(name: str) -> str:
-    """Return `name`. Raises StartupError if it can't stand in a key or a URL."""
-    if not _MODEL_NAME.fullmatch(name):
-        raise StartupError(
-            f"model name {name!r} must be 1 to 128 letters, digits or ._/- and begin "
-            "with a letter or digit; give another with NAME=PATH"
-        )
-    return name
 
 
 def partition_of(worker_id: str, num_partitions: int) -> int:

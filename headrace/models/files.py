@@ -6,6 +6,7 @@ A model is one GGUF file, or a directory as Hugging Face lays it out
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Literal
 
 from headrace.errors import StartupError
 from headrace.models.gguf_file import GgufFile
-from headrace.registry import check_model_name
 
 Format = Literal["gguf", "huggingface"]
 
@@ -26,6 +26,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "vocab.txt",
 )
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 _SAMPLES = 64
 _SAMPLE_LEN = 4096
 
@@ -90,6 +91,21 @@ def from_path(path: Path, name: str | None = None) -> ModelFiles:
     raise StartupError(
         f"{path} holds no config.json and {len(found)} .gguf files; name the file to serve"
     )
+
+
+def is_model_name(text: str) -> bool:
+    """Whether `text` can stand in a key, a URL, and below the cache's folder."""
+    return _MODEL_NAME.fullmatch(text) is not None and ".." not in text.split("/")
+
+
+def check_model_name(name: str) -> str:
+    """Return `name`. Raises StartupError if it is none."""
+    if not is_model_name(name):
+        raise StartupError(
+            f"model name {name!r} must be 1 to 128 letters, digits or ._/- and begin "
+            "with a letter or digit; give another with NAME=PATH"
+        )
+    return name
 
 
 def _name_of(stem: str) -> str:

@@ -51,7 +51,14 @@ def from_rpc(error: grpc.aio.AioRpcError, peer: str) -> HeadraceError:
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseException) -> NoReturn:
-    """End a unary or per-request call with `error`. Raises, always."""
+    """End a unary or per-request call with `error`. Raises, always.
+
+    When to try again goes into gRPC's own trailer for it.
+    """
     ours = from_exception(error)
-    await context.abort(_GRPC_CODES[errors.status_of(ours).grpc_code], ours.message)
+    trailers: tuple[tuple[str, str], ...] = ()
+    if ours.retry_after_ms:
+        trailers = (("grpc-retry-pushback-ms", str(ours.retry_after_ms)),)
+    code = _GRPC_CODES[errors.status_of(ours).grpc_code]
+    await context.abort(code, ours.message, trailers)
     raise AssertionError("abort returned")

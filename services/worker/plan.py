@@ -1,7 +1,7 @@
 """The contract between the scheduler and a runner: a step's plan and its result.
 
-Plain numbers: no tensors, no clock. A plan is a snapshot; a runner mutates
-nothing of it.
+Plain numbers: no tensors, no clock. A plan is a snapshot that holds during one
+`execute`: a runner mutates nothing of it, and keeps no list of it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ class ScheduledSequence:
 
     Tokens `token_ids` stand at positions `start … start + len(token_ids) - 1`;
     the KV of all positions before `start` is in the cache. Position p lives in
-    physical block `block_table[p // block_size]`, at `p % block_size`.
+    physical block `block_table[p // block_size]`, at `p % block_size`; the table ends
+    with the block of the last position.
     """
 
     sequence_id: int

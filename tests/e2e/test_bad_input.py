@@ -60,7 +60,7 @@ def _unharmed(sim_mesh: Mesh) -> Iterator[None]:
         (chat(tempersture=1), 400, "tempersture", "tempersture"),
         (chat(logit_bias={"5": 3}), 400, "logit_bias", "logit_bias"),
         (chat(tools=[{"type": "function"}]), 400, "tools", "tools"),
-        (chat(messages=[{"role": "user", "content": "word " * 9000}]), 400, "messages", "8192"),
+        (chat(messages=[{"role": "user", "content": "word " * 9000}]), 400, "messages", "8,192"),
         (b'{"model": "smollm2-135m", "messages": [', 400, None, "JSON"),
         (b"", 400, None, "JSON"),
         (b"[]", 400, None, "object"),
@@ -110,7 +110,7 @@ def test_a_body_of_ten_megabytes_over_http(sim_mesh: Mesh) -> None:
             "temperature",
         ),
         (pb.GenerateRequest(model=MODEL, prompt="x", n=99), "INVALID_ARGUMENT", "n"),
-        (pb.GenerateRequest(model=MODEL, prompt="word " * 9000), "INVALID_ARGUMENT", "8192"),
+        (pb.GenerateRequest(model=MODEL, prompt="word " * 9000), "INVALID_ARGUMENT", "8,192"),
     ],
     ids=lambda value: str(value)[:30].replace("\n", " "),
 )

@@ -1,1 +1,5 @@
 """KV blocks and the prefix cache, as numbers. No tensors."""
+
+from services.worker.kv.block_manager import BlockManager
+
+__all__ = ["BlockManager"]

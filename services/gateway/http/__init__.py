@@ -1,0 +1,1 @@
+"""The gateway's OpenAI-compatible HTTP edge; `app.create_app` is its door."""

@@ -1,0 +1,174 @@
+"""The tokenizer service, as the gateway sees it: text in, ids and block ids out.
+
+One stream carries all calls. It waits through the service's restarts, within a
+limit. It keeps no table and knows no worker.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import grpc
+
+from headrace.blocks import ID_LEN, TOKEN_LEN, pack_tokens
+from headrace.errors import DeadlineExceeded, Internal, Unavailable
+from headrace.rpc.calls import CallClient, ClientCodec
+from headrace.rpc.errors import from_rpc
+from headrace.rpc.options import CHANNEL, MAX_CHUNKED_LEN
+from headrace.v1 import tokenizer_pb2 as pb
+from headrace.v1.tokenizer_pb2_grpc import TokenizerServiceStub
+from services.gateway.detokenizer import DetokenizerTable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from headrace.v1 import types_pb2
+    from services.gateway.fleet import ModelCard
+    from services.gateway.generation import GenerationRequest
+
+_UNARY_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A prompt: token ids (u32 little-endian) and the ids of its full blocks, 16 bytes each."""
+
+    token_ids: bytes
+    block_ids: bytes
+    tokenizer_digest: str
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) // TOKEN_LEN
+
+
+class TokenizerPeer:
+    """One tokenizer service. `start` it inside the loop, `close` it at the end."""
+
+    def __init__(self, address: str, *, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL)
+        self._stub = TokenizerServiceStub(self._channel)
+        self._name = f"tokenizer {address}"
+        self._calls = CallClient(self._name, self._stub.Tokenize, _Codec())
+
+    @property
+    def connected(self) -> bool:
+        return self._calls.connected
+
+    def start(self) -> None:
+        self._calls.start()
+
+    async def close(self) -> None:
+        await self._calls.close()
+        await self._channel.close()
+
+    async def encode(
+        self,
+        request: GenerationRequest,
+        card: ModelCard,
+        namespace_key: bytes,
+        *,
+        timeout_s: float,
+        traceparent: str = "",
+    ) -> Encoded:
+        """The request's prompt as ids. `timeout_s` is what its deadline leaves.
+
+        Raises the service's error, DeadlineExceeded, or Unavailable when no
+        service answers for as long as this peer waits.
+        """
+        limit_s = min(self._timeout_s, timeout_s)
+        call = pb.TokenizeCall(
+            id=self._calls.next_id(),
+            traceparent=traceparent,
+            timeout_ms=max(1, int(limit_s * 1000)),
+            encode=_encode_request(request, card, namespace_key),
+        )
+        try:
+            result = await self._calls.call(call, timeout_s=limit_s)
+        except DeadlineExceeded as error:
+            if limit_s < timeout_s:
+                raise Unavailable(error.message, retry_after_ms=1000) from error
+            raise
+        answer = result.encode
+        if not answer.token_ids or len(answer.block_ids) % ID_LEN:
+            raise Internal
+        return Encoded(answer.token_ids, answer.block_ids, answer.tokenizer_digest)
+
+    async def digests(self) -> dict[str, str]:
+        """Tokenizer digests by model, as the service has them. Raises a HeadraceError."""
+        try:
+            answer = await self._stub.ListTokenizers(
+                pb.ListTokenizersRequest(), timeout=_UNARY_TIMEOUT_S
+            )
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error, self._name) from error
+        return {entry.model: entry.tokenizer_digest for entry in answer.tokenizers}
+
+    async def table(self, model: str) -> DetokenizerTable:
+        """How `model`'s tokens become text. Raises a HeadraceError, or ValueError for nonsense."""
+        pieces: list[bytes] = []
+        length = 0
+        request = pb.GetDetokenizerTableRequest(model=model)
+        try:
+            async for piece in self._stub.GetDetokenizerTable(request, timeout=_UNARY_TIMEOUT_S):
+                pieces.append(piece.data)
+                length += len(piece.data)
+                if length > MAX_CHUNKED_LEN:
+                    raise ValueError(f"{model}'s table is longer than {MAX_CHUNKED_LEN} bytes")
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error, self._name) from error
+        return _parse_table(model, b"".join(pieces))
+
+
+def _encode_request(
+    request: GenerationRequest, card: ModelCard, namespace_key: bytes
+) -> pb.EncodeRequest:
+    encode = pb.EncodeRequest(
+        model=card.name,
+        namespace_key=namespace_key,
+        block_size=card.block_size,
+        max_tokens=card.context_len,
+    )
+    if request.messages is not None:
+        encode.chat.add_generation_prompt = True
+        for message in request.messages:
+            encode.chat.messages.add(role=message.role, content=message.content)
+    elif request.token_ids is not None:
+        encode.token_ids = pack_tokens(request.token_ids)
+    else:
+        encode.text = request.prompt or ""
+    return encode
+
+
+def _parse_table(model: str, data: bytes) -> DetokenizerTable:
+    table = pb.DetokenizerTable.FromString(data)
+    if table.kind != pb.DetokenizerTable.KIND_BYTES:
+        raise ValueError(f"{model}'s detokenizer table is of a kind unknown here: {table.kind}")
+    return DetokenizerTable(
+        table.tokenizer_digest, table.data, table.lengths, table.special, table.eos_token_ids
+    )
+
+
+class _Codec(
+    ClientCodec[pb.TokenizeRequest, pb.TokenizeResponse, pb.TokenizeCall, pb.TokenizeResult]
+):
+    def open(self) -> None:
+        return None
+
+    def has_more(self) -> bool:
+        return False
+
+    def request(
+        self, calls: list[pb.TokenizeCall], chunks: list[types_pb2.Chunk], cancels: list[int]
+    ) -> pb.TokenizeRequest:
+        return pb.TokenizeRequest(calls=calls, chunks=chunks, cancels=cancels)
+
+    def results(
+        self, response: pb.TokenizeResponse
+    ) -> tuple[Iterable[pb.TokenizeResult], Sequence[types_pb2.Chunk]]:
+        return response.results, response.chunks
+
+    def parse_result(self, data: bytes) -> pb.TokenizeResult:
+        return pb.TokenizeResult.FromString(data)

@@ -1,0 +1,115 @@
+"""The router's composition: Redis into the fleet, watches on workers, decisions on a port."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from headrace import status
+from headrace.registry import LEASE_TTL_MS
+from headrace.rpc.server import Server, advertised
+from headrace.service import cancel_and_wait, settle_garbage
+from headrace.v1.router_pb2_grpc import add_RouterServiceServicer_to_server
+from services.router.fleet import Fleet
+from services.router.ownership import Ownership
+from services.router.policies import load_policy
+from services.router.service import Router
+from services.router.servicer import SERVICE_NAME, RouterServicer
+from services.router.watcher import Watchers
+
+if TYPE_CHECKING:
+    from services.router.config import Config
+    from services.router.fleet import Worker
+    from services.router.prefix_index import PrefixIndex
+
+log = logging.getLogger("headrace.router")
+
+#: Between two slices of cleaning.
+_CLEAN_PAUSE_S = 0.002
+
+
+class App:
+    """A whole router in one loop. `start` once, `close` at the end."""
+
+    def __init__(self, config: Config, *, lease_ttl_ms: int = LEASE_TTL_MS) -> None:
+        self.config = config
+        self.fleet = Fleet()
+        self.router = Router(self.fleet, load_policy(config.policy))
+        self.ownership = Ownership(config.redis, self.fleet, lease_ttl_ms=lease_ttl_ms)
+        self.server = Server(config.listen, [SERVICE_NAME])
+        self.servicer = RouterServicer(self.router, lambda: self.ownership.connected)
+        self._watchers = Watchers(self.fleet, self.ownership.poll_soon)
+        self._cleaner = _Cleaner(self.fleet.index)
+        self.fleet.on_leave.append(self._cleaner.wake)
+        add_RouterServiceServicer_to_server(self.servicer, self.server.grpc_server)
+
+    @property
+    def address(self) -> str:
+        """What others reach it at, once started."""
+        return advertised(self.config.listen, self.server.port, self.config.advertise)
+
+    async def start(self) -> None:
+        """Bind, and follow Redis. Raises StartupError. Healthy only after `ready`."""
+        await self.server.start()
+        self.ownership.start()
+
+    async def ready(self) -> None:
+        """Wait for the first contact with Redis, then say that it serves."""
+        await self.ownership.contacted.wait()
+        await self.server.set_serving(True)
+
+    async def close(self) -> None:
+        """Serve no more. Gateways fall back on the fleet that they were told."""
+        await self.server.stop()
+        await self.ownership.close()
+        await self._watchers.close()
+        self._cleaner.close()
+        self.servicer.close()
+
+
+async def serve(config: Config, stop: asyncio.Event) -> None:
+    """Serve until `stop`."""
+    app = App(config)
+    status.report("starting")
+    await app.start()
+    log.info("listening on %s, policy %s", app.address, config.policy)
+    status.report("waiting for Redis")
+    becoming_ready = asyncio.create_task(_become_ready(app))
+    try:
+        await stop.wait()
+    finally:
+        await cancel_and_wait(becoming_ready)
+        await app.close()
+
+
+async def _become_ready(app: App) -> None:
+    await app.ready()
+    settle_garbage()
+    status.report(status.READY)
+    log.info("ready")
+
+
+class _Cleaner:
+    """Takes removed workers out of the index in slices, so that no decision waits long."""
+
+    def __init__(self, index: PrefixIndex) -> None:
+        self._index = index
+        self._timer: asyncio.TimerHandle | None = None
+
+    def wake(self, model: str, worker: Worker) -> None:
+        """A worker left."""
+        if self._timer is None:
+            self._schedule()
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _schedule(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(_CLEAN_PAUSE_S, self._clean)
+
+    def _clean(self) -> None:
+        self._timer = None
+        if self._index.clean():
+            self._schedule()

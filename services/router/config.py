@@ -1,0 +1,23 @@
+"""What the router is started with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headrace.config import option
+from services.router.policies import POLICIES
+
+
+@dataclass(frozen=True)
+class Config:
+    """Each field is a flag, a variable HEADRACE_ROUTER_… and a key of [router]."""
+
+    listen: str = option("127.0.0.1:50053", help="address to serve on", metavar="HOST:PORT")
+    advertise: str | None = option(
+        None, help="address that others reach it at, if not the one it listens on",
+        metavar="HOST:PORT",
+    )  # fmt: skip
+    redis: str = option(
+        "redis://127.0.0.1:6379/0", help="where workers publish what they own", metavar="URL"
+    )
+    policy: str = option("kv", help="how to choose a worker", choices=tuple(POLICIES))

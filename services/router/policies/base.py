@@ -1,0 +1,101 @@
+"""What a routing policy is given, and what it returns.
+
+A policy is pure: equal arguments give an equal choice. It does no I/O, has no
+clock and keeps no state; whatever must go on from decision to decision is in
+its arguments. So it runs unchanged in virtual time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from services.router.latency_model import Timing
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingRequest:
+    """What matters of a request for the choice."""
+
+    num_tokens: int
+    max_tokens: int = 0
+    num_sequences: int = 1
+    tenant: str = ""
+    priority: int = 0
+    #: What is left of its deadline, in ms; 0: none.
+    timeout_ms: int = 0
+    session_id: str = ""
+    #: Workers where this request failed already.
+    exclude_workers: frozenset[str] = frozenset()
+    #: How many requests for the model were decided before: it breaks ties, and
+    #: is what round robin goes round by.
+    turn: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a worker has to do: what it said last, and what was sent there since."""
+
+    #: Prompt tokens sent there and not yet computed.
+    prefill_tokens: int = 0
+    #: Sequences that run or wait there.
+    sequences: int = 0
+
+
+_IDLE = Load()
+_PRIOR = Timing()
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One worker that could take the request."""
+
+    worker_id: str
+    #: Leading tokens of the prompt that it need not compute.
+    matched_tokens: int = 0
+    load: Load = _IDLE
+    timing: Timing = _PRIOR
+
+    def predicted_ttft_ms(self, num_tokens: int) -> float:
+        """The queue ahead, the tokens that are not cached, and the step that samples."""
+        matched = self.matched_tokens
+        return (
+            self.timing.prefill_ms(self.load.prefill_tokens)
+            + self.timing.prefill_ms(num_tokens - matched, matched)
+            + self.timing.decode_step_ms
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The worker chosen, and what to expect there."""
+
+    candidate: Candidate
+    predicted_ttft_ms: float
+
+
+class Policy(Protocol):
+    """Chooses a worker. Stateless: one object serves all models."""
+
+    name: str
+
+    def choose(self, request: RoutingRequest, candidates: Sequence[Candidate]) -> Choice | None:
+        """The best of `candidates` that the request does not exclude; None if there is none.
+
+        `candidates` are in a fixed order, that of their worker ids.
+        """
+
+
+def eligible(request: RoutingRequest, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+    """The candidates that the request does not exclude."""
+    if not request.exclude_workers:
+        return candidates
+    return [c for c in candidates if c.worker_id not in request.exclude_workers]
+
+
+def choice(request: RoutingRequest, candidate: Candidate) -> Choice:
+    """The choice of `candidate`, with its prediction."""
+    return Choice(candidate, candidate.predicted_ttft_ms(request.num_tokens))

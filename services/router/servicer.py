@@ -1,0 +1,312 @@
+"""`headrace.v1.RouterService`: messages in, the router's core, messages out.
+
+Nothing is decided here. A decision is made at once when its call is read, so a
+call costs no task; the answers that were made in one turn of the loop share a frame.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from headrace import telemetry
+from headrace.blocks import short_ids
+from headrace.errors import HeadraceError, InvalidArgument
+from headrace.rpc.calls import CallServer, ServerCodec
+from headrace.rpc.errors import abort, from_exception
+from headrace.v1 import router_pb2, router_pb2_grpc, types_pb2
+from services.router.policies import RoutingRequest
+from services.router.reservations import GRACE_S, Reservation, WorkerKey
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+
+    from headrace.registry import ModelCard, WorkerCard
+    from headrace.telemetry import Span
+    from headrace.v1.router_pb2_grpc import _MaybeAsyncIterator, _ServicerContext
+    from services.router.fleet import Worker
+    from services.router.service import Decision, Router
+
+SERVICE_NAME = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
+
+
+class RouterServicer(router_pb2_grpc.RouterServiceServicer):
+    """Serves `router`. `close` when the server has stopped."""
+
+    def __init__(self, router: Router, is_redis_connected: Callable[[], bool]) -> None:
+        self.router = router
+        self._is_redis_connected = is_redis_connected
+        self._hops: set[_Hop] = set()
+        self._fleet: router_pb2.Fleet | None = None
+        self._graces: set[asyncio.TimerHandle] = set()
+        router.fleet.on_change.append(self._fleet_changed)
+
+    def close(self) -> None:
+        """Drop the timers."""
+        for grace in self._graces:
+            grace.cancel()
+
+    async def Route(
+        self,
+        request_iterator: _MaybeAsyncIterator[router_pb2.RouteRequest],
+        context: _ServicerContext,
+    ) -> AsyncIterator[router_pb2.RouteResponse]:
+        """One gateway's stream."""
+        hop = _Hop(self)
+        self._hops.add(hop)
+        try:
+            async for frame in hop.server.frames(request_iterator):
+                yield frame
+        except HeadraceError as error:
+            await abort(context, error)
+        finally:
+            self._hops.discard(hop)
+            self._lost(hop)
+
+    async def SelectWorker(
+        self, request: router_pb2.SelectWorkerRequest, context: _ServicerContext
+    ) -> router_pb2.SelectWorkerResponse:
+        """The plan, without a reservation."""
+        try:
+            _, decision = self.decide(request)
+        except HeadraceError as error:
+            await abort(context, error)
+        return router_pb2.SelectWorkerResponse(plan=self.plan(decision))
+
+    async def GetFleet(
+        self, request: router_pb2.GetFleetRequest, context: _ServicerContext
+    ) -> router_pb2.GetFleetResponse:
+        """What the router believes."""
+        models = self.router.fleet.models
+        return router_pb2.GetFleetResponse(
+            models=[
+                router_pb2.FleetModelState(
+                    card=_model_card(model.card),
+                    workers=[self._worker_state(w) for _, w in sorted(model.workers.items())],
+                    refused=[
+                        router_pb2.RefusedWorker(worker=_worker_ref(r.card), reason=r.reason)
+                        for _, r in sorted(model.refused.items())
+                    ],
+                )
+                for _, model in sorted(models.items())
+            ],
+            policy=self.router.policy.name,
+            redis_connected=self._is_redis_connected(),
+        )
+
+    def decide(self, select: router_pb2.SelectWorkerRequest) -> tuple[RoutingRequest, Decision]:
+        """The choice for a message, and what it was read as. Raises a HeadraceError."""
+        try:
+            ids = short_ids(select.block_ids)
+        except ValueError as error:
+            raise InvalidArgument(f"block_ids: {error}", field="block_ids") from error
+        request = RoutingRequest(
+            num_tokens=select.num_tokens,
+            max_tokens=select.max_tokens,
+            num_sequences=select.num_sequences or 1,
+            tenant=select.tenant,
+            priority=select.priority,
+            timeout_ms=select.timeout_ms,
+            session_id=select.session_id,
+            exclude_workers=frozenset(select.exclude_workers),
+            turn=self.router.turn(select.model),
+        )
+        return request, self.router.select(select.model, ids, request)
+
+    def plan(self, decision: Decision) -> router_pb2.Plan:
+        """The decision as a plan of one leg."""
+        leg = router_pb2.Leg(
+            role=router_pb2.Leg.ROLE_COMPLETE, worker=_worker_ref(decision.worker.card)
+        )
+        return router_pb2.Plan(
+            legs=[leg],
+            matched_tokens=decision.matched_tokens,
+            predicted_ttft_ms=decision.predicted_ttft_ms,
+            policy=self.router.policy.name,
+        )
+
+    def fleet(self) -> router_pb2.Fleet:
+        """All models, and the workers that can be chosen; made once per change."""
+        if self._fleet is None:
+            self._fleet = router_pb2.Fleet(
+                models=[
+                    router_pb2.FleetModel(
+                        card=_model_card(model.card),
+                        workers=[_worker_ref(worker.card) for worker in model.eligible],
+                    )
+                    for _, model in sorted(self.router.fleet.models.items())
+                ]
+            )
+        return self._fleet
+
+    def _fleet_changed(self) -> None:
+        self._fleet = None
+        for hop in self._hops:
+            hop.push_fleet()
+
+    def _lost(self, hop: _Hop) -> None:
+        """The gateway may come back within the grace; then its reservations end."""
+        if not hop.gateway_id:
+            return
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        self.router.reservations.lost(hop.gateway_id, hop, now)
+
+        def end() -> None:
+            self._graces.discard(grace)
+            self.router.reservations.expire(now + GRACE_S)
+
+        grace = loop.call_later(GRACE_S, end)
+        self._graces.add(grace)
+
+    def _worker_state(self, worker: Worker) -> router_pb2.WorkerState:
+        reserved = self.router.reservations.load(worker.key)
+        return router_pb2.WorkerState(
+            worker=_worker_ref(worker.card),
+            owned_blocks=self.router.fleet.index.num_owned(worker.slot),
+            last_sequence=worker.sequence,
+            active_sequences=worker.load.active_sequences,
+            queued_sequences=worker.load.queued_sequences,
+            reserved_prefill_tokens=reserved.prefill_tokens,
+            reservations=reserved.reservations,
+            resyncs=worker.resyncs,
+            last_resync_cause=worker.last_resync_cause,
+            reachable=worker.reachable,
+        )
+
+
+class _Hop(
+    ServerCodec[
+        router_pb2.RouteRequest,
+        router_pb2.RouteResponse,
+        router_pb2.RouteCall,
+        router_pb2.RouteResult,
+    ]
+):
+    """One gateway's stream: its frames, and whose reservations they make."""
+
+    def __init__(self, servicer: RouterServicer) -> None:
+        self.gateway_id = ""
+        self.server = CallServer(self, self._route)
+        self._servicer = servicer
+        self._router = servicer.router
+        self._fleet_due = False
+        self.push_fleet()
+
+    def push_fleet(self) -> None:
+        """Send the fleet with the next frame."""
+        self._fleet_due = True
+        self.server.wake()
+
+    def calls(
+        self, request: router_pb2.RouteRequest
+    ) -> tuple[Iterable[router_pb2.RouteCall], Sequence[types_pb2.Chunk], Sequence[int]]:
+        """Take what else the frame holds, and return its calls."""
+        if request.HasField("open"):
+            self._open(request.open)
+        elif not self.gateway_id:
+            raise InvalidArgument("a Route stream must begin with `open`", field="open")
+        reservations = self._router.reservations
+        for failure in request.failures:
+            key = WorkerKey(failure.worker_id, failure.generation)
+            self._router.fleet.failed(key, f"{self.gateway_id} says: {failure.reason}")
+        for update in request.updates:
+            if update.event == router_pb2.ReservationUpdate.EVENT_PREFILL_DONE:
+                reservations.prefill_done(self.gateway_id, update.id)
+            elif update.event == router_pb2.ReservationUpdate.EVENT_RELEASED:
+                reservations.release(self.gateway_id, update.id)
+        for call_id in request.cancels:
+            # Its answer and the cancel crossed: nobody will release it.
+            reservations.release(self.gateway_id, call_id)
+        return request.calls, request.chunks, request.cancels
+
+    def parse_call(self, data: bytes) -> router_pb2.RouteCall:
+        """See ServerCodec."""
+        return router_pb2.RouteCall.FromString(data)
+
+    def has_more(self) -> bool:
+        """See ServerCodec."""
+        return self._fleet_due
+
+    def response(
+        self, results: list[router_pb2.RouteResult], chunks: list[types_pb2.Chunk]
+    ) -> router_pb2.RouteResponse:
+        """See ServerCodec. Results are always short: there are no chunks."""
+        response = router_pb2.RouteResponse(results=results)
+        if self._fleet_due:
+            self._fleet_due = False
+            response.fleet.CopyFrom(self._servicer.fleet())
+        return response
+
+    def failure(self, call_id: int, error: types_pb2.Error) -> router_pb2.RouteResult:
+        """See ServerCodec."""
+        return router_pb2.RouteResult(id=call_id, error=error)
+
+    def _open(self, opening: router_pb2.RouteOpen) -> None:
+        if not opening.gateway_id:
+            raise InvalidArgument("gateway_id must not be empty", field="open.gateway_id")
+        self.gateway_id = opening.gateway_id
+        announced = (
+            (
+                told.id,
+                Reservation(
+                    worker=WorkerKey(told.worker.worker_id, told.worker.generation),
+                    prefill_tokens=told.prefill_tokens,
+                    blocks=told.blocks,
+                    sequences=told.num_sequences,
+                ),
+            )
+            for told in opening.reservations
+        )
+        self._router.reservations.open(self.gateway_id, self, announced)
+
+    def _route(self, call: router_pb2.RouteCall) -> router_pb2.RouteResult:
+        if telemetry.is_enabled():
+            return self._traced_route(call)
+        request, decision = self._servicer.decide(call.select)
+        self._router.reserve(self.gateway_id, call.id, decision, request)
+        return router_pb2.RouteResult(id=call.id, plan=self._servicer.plan(decision))
+
+    def _traced_route(self, call: router_pb2.RouteCall) -> router_pb2.RouteResult:
+        span = telemetry.start_span(
+            "router.select", call.traceparent, kind=telemetry.SpanKind.SERVER
+        )
+        try:
+            request, decision = self._servicer.decide(call.select)
+            self._router.reserve(self.gateway_id, call.id, decision, request)
+        except Exception as error:
+            telemetry.end_with_error(span, from_exception(error))
+            raise
+        _describe(span, self._router.policy.name, decision)
+        span.end()
+        return router_pb2.RouteResult(id=call.id, plan=self._servicer.plan(decision))
+
+
+def _describe(span: Span, policy: str, decision: Decision) -> None:
+    span.set_attributes(
+        {
+            "policy": policy,
+            "worker": decision.worker.key.worker_id,
+            "matched_tokens": decision.matched_tokens,
+            "predicted_ttft_ms": decision.predicted_ttft_ms,
+            "candidates": decision.num_candidates,
+        }
+    )
+
+
+def _worker_ref(card: WorkerCard) -> types_pb2.WorkerRef:
+    return types_pb2.WorkerRef(
+        worker_id=card.worker_id, generation=card.generation, address=card.address
+    )
+
+
+def _model_card(card: ModelCard) -> types_pb2.ModelCard:
+    return types_pb2.ModelCard(
+        name=card.name,
+        revision=card.revision,
+        tokenizer_digest=card.tokenizer_digest,
+        context_len=card.context_len,
+        block_size=card.block_size,
+        modalities=card.modalities,
+        created=card.created,
+    )

@@ -1,0 +1,59 @@
+"""What a worker is started with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headrace.config import option
+from services.worker.engine import EngineConfig
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """Flags, environment and file of one worker; see headrace.config."""
+
+    model: str = option(help="model to serve: a name, a path or NAME=PATH", metavar="SPEC")
+    listen: str = option("127.0.0.1:0", help="where to serve gRPC", metavar="HOST:PORT")
+    advertise: str | None = option(
+        None, help="address that others reach it at, if not the listen address", metavar="HOST:PORT"
+    )
+    redis: str = option(
+        "redis://127.0.0.1:6379/0", help="where ownership is published", metavar="URL"
+    )
+    worker_id: str | None = option(None, help="name of this worker, if not its address")
+    partitions: int = option(1, help="partitions of the model's workers in Redis; all agree on it")
+    engine: str = option("torch", help="what computes: torch or sim")
+    dtype: str = option("auto", help="type of weights and KV cache")
+    device: str = option("auto", help="cpu, cuda or cuda:N")
+    num_threads: int = option(0, help="CPU threads of the engine; 0: the engine chooses")
+    block_size: int = option(16, help="tokens in a KV block")
+    num_blocks: int = option(0, help="KV blocks; 0: as many as --kv-cache-mib holds")
+    kv_cache_mib: int = option(1024, help="memory for the KV cache")
+    context_len: int = option(0, help="longest sequence; 0: what the model says")
+    max_step_tokens: int = option(512, help="tokens that one step computes at most")
+    max_sequences: int = option(64, help="sequences that one step runs at most")
+    sim_prefill_ms_per_token: float = option(0.1, help="sim: time that a prompt token takes")
+    sim_step_ms: float = option(10.0, help="sim: time that a step takes at least")
+    sim_step_ms_per_sequence: float = option(0.0, help="sim: time that a decoded sequence adds")
+    max_queued: int = option(1024, help="sequences that may wait beyond those that run")
+    session_grace_s: float = option(3.0, help="how long a gateway that lost its stream may return")
+    drain_timeout_s: float = option(60.0, help="how long running sequences may finish at the end")
+
+    def engine_config(self, model_name: str, model_path: str) -> EngineConfig:
+        """The engine's part, for a resolved model."""
+        return EngineConfig(
+            model_path=model_path,
+            model_name=model_name,
+            dtype=self.dtype,
+            device=self.device,
+            num_threads=self.num_threads,
+            block_size=self.block_size,
+            num_blocks=self.num_blocks,
+            kv_cache_mib=self.kv_cache_mib,
+            context_len=self.context_len,
+            max_step_tokens=self.max_step_tokens,
+            max_sequences=self.max_sequences,
+            sim_prefill_ms_per_token=self.sim_prefill_ms_per_token,
+            sim_step_ms=self.sim_step_ms,
+            sim_step_ms_per_sequence=self.sim_step_ms_per_sequence,
+        )

@@ -1,0 +1,130 @@
+"""Between protos and the worker's own types. No decisions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from headrace.params import SamplingParams
+from headrace.rpc.errors import to_proto
+from headrace.v1 import types_pb2, worker_pb2
+from services.worker.admission import Submission
+
+if TYPE_CHECKING:
+    from headrace.registry import ModelCard
+    from services.worker.dispatch import End
+    from services.worker.engine import EngineStats
+
+_REASONS = {
+    "stop": types_pb2.FINISH_REASON_STOP,
+    "length": types_pb2.FINISH_REASON_LENGTH,
+    "cancelled": types_pb2.FINISH_REASON_CANCELLED,
+    "error": types_pb2.FINISH_REASON_ERROR,
+}
+_DEFAULTS = SamplingParams()
+
+
+class Identity(NamedTuple):
+    """One process of one worker."""
+
+    worker_id: str
+    generation: int
+    address: str
+
+
+class Pulse(NamedTuple):
+    """The step that runs, and since when; 0 ms when the engine is idle."""
+
+    step: int
+    step_elapsed_ms: int
+
+
+def submission(message: worker_pb2.Submission) -> Submission:
+    """What a gateway submitted, not validated."""
+    return Submission(
+        slot=message.slot,
+        request_id=message.request_id,
+        index=message.index,
+        prompt_ids=message.prompt_ids,
+        generated_ids=message.generated_ids,
+        sampling=_sampling(message.sampling),
+        namespace_key=message.namespace_key,
+        traceparent=message.traceparent,
+        tenant=message.tenant,
+        priority=message.priority,
+        timeout_ms=message.timeout_ms,
+    )
+
+
+def _sampling(message: types_pb2.SamplingParams) -> SamplingParams:
+    has = message.HasField
+    return SamplingParams(
+        temperature=message.temperature if has("temperature") else _DEFAULTS.temperature,
+        top_p=message.top_p if has("top_p") else _DEFAULTS.top_p,
+        top_k=message.top_k if has("top_k") else _DEFAULTS.top_k,
+        min_p=message.min_p if has("min_p") else _DEFAULTS.min_p,
+        seed=message.seed if has("seed") else None,
+        max_tokens=message.max_tokens if has("max_tokens") else None,
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+    )
+
+
+def end(ended: End) -> worker_pb2.SequenceEnd:
+    """The last of a sequence, for the wire."""
+    return worker_pb2.SequenceEnd(
+        slot=ended.slot,
+        finish_reason=_REASONS[ended.reason],
+        error=None if ended.error is None else to_proto(ended.error),
+        usage=types_pb2.Usage(
+            prompt_tokens=ended.prompt_tokens,
+            completion_tokens=ended.completion_tokens,
+            cached_tokens=ended.cached_tokens,
+        ),
+        timings=worker_pb2.StageTimings(
+            queue_ms=ended.queue_ms, prefill_ms=ended.prefill_ms, decode_ms=ended.decode_ms
+        ),
+        stopped_by_token=ended.stopped_by_token,
+    )
+
+
+def worker_ref(identity: Identity) -> types_pb2.WorkerRef:
+    """Who a worker is."""
+    return types_pb2.WorkerRef(
+        worker_id=identity.worker_id,
+        generation=identity.generation,
+        address=identity.address,
+    )
+
+
+def heartbeat(pulse: Pulse) -> worker_pb2.Heartbeat:
+    """That it lives."""
+    return worker_pb2.Heartbeat(step=pulse.step, step_elapsed_ms=pulse.step_elapsed_ms)
+
+
+def model_card(card: ModelCard) -> types_pb2.ModelCard:
+    """What it serves."""
+    return types_pb2.ModelCard(
+        name=card.name,
+        revision=card.revision,
+        tokenizer_digest=card.tokenizer_digest,
+        context_len=card.context_len,
+        block_size=card.block_size,
+        modalities=card.modalities,
+        created=card.created,
+    )
+
+
+def load(stats: EngineStats, *, draining: bool) -> worker_pb2.WorkerLoad:
+    """The load, for routers."""
+    return worker_pb2.WorkerLoad(
+        active_sequences=stats.active_sequences,
+        queued_sequences=stats.queued_sequences,
+        queued_prefill_tokens=stats.queued_prefill_tokens,
+        used_blocks=stats.used_blocks,
+        total_blocks=stats.total_blocks,
+        prefill_tokens=stats.prefill_tokens,
+        prefill_ms=stats.prefill_ms,
+        decode_steps=stats.decode_steps,
+        decode_ms=stats.decode_ms,
+        draining=draining,
+    )

@@ -1,0 +1,87 @@
+"""The `sim` engine: real scheduling and KV blocks, no arithmetic.
+
+It takes the time that it is told a model takes, and its tokens are a pure
+function of the tokens before them, so that a resumed or migrated stream can be
+checked exactly. It reads a model's config and vocabulary, never its weights.
+Sampling parameters other than max_tokens and stop tokens change nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from headrace.errors import StartupError
+from headrace.models.files import from_path
+from headrace.params import SamplingParams
+from services.worker import model_config
+from services.worker.engine import EngineInfo
+from services.worker.engine_core import EngineCore
+from services.worker.engines.sim.clock import RealClock
+from services.worker.engines.sim.runner import SimRunner, StepTimes
+from services.worker.engines.sim.tokens import plain_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from services.worker.engine import EngineConfig
+    from services.worker.engines.sim.clock import Clock
+
+#: A model in 16 bits: what the KV budget is divided by.
+_BYTES_PER_ELEMENT = 2
+
+
+class SimEngine(EngineCore):
+    """See Engine. `clock` None is real time."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        report: Callable[[str, float | None], None],
+        clock: Clock | None = None,
+    ) -> None:
+        times = _step_times(config)
+        clock = clock or RealClock()
+        report("reading the model's config", None)
+        files = from_path(Path(config.model_path), config.model_name)
+        model = model_config.read(files)
+        num_blocks = model_config.num_blocks(
+            config, model.kv_elements_per_token * _BYTES_PER_ELEMENT
+        )
+        info = EngineInfo(
+            engine="sim",
+            model_revision=files.revision(),
+            tokenizer_digest=files.tokenizer_digest(),
+            vocab_size=model.vocab_size,
+            context_len=model_config.context_len(config, model, num_blocks),
+            block_size=config.block_size,
+            total_blocks=num_blocks,
+            max_sequences=config.max_sequences,
+            eos_token_ids=model.eos_token_ids,
+            resume="exact",
+            sampling=frozenset(item.name for item in fields(SamplingParams)),
+        )
+        self.plain_tokens = plain_tokens(files, model)
+        runner = SimRunner(
+            times, clock, self.plain_tokens, num_blocks=num_blocks, block_size=config.block_size
+        )
+        super().__init__(
+            info,
+            runner,
+            clock.now,
+            max_step_tokens=config.max_step_tokens,
+            max_sequences=config.max_sequences,
+        )
+
+
+def _step_times(config: EngineConfig) -> StepTimes:
+    for name in ("sim_prefill_ms_per_token", "sim_step_ms", "sim_step_ms_per_sequence"):
+        # Not `< 0`: that would let NaN pass.
+        if not 0 <= getattr(config, name) < float("inf"):
+            raise StartupError(f"{name} must be 0 or more, not {getattr(config, name)}")
+    return StepTimes(
+        step_ms=config.sim_step_ms,
+        step_ms_per_sequence=config.sim_step_ms_per_sequence,
+        prefill_ms_per_token=config.sim_prefill_ms_per_token,
+    )

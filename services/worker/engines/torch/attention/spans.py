@@ -1,0 +1,50 @@
+"""What attention needs to know of a plan: which rows are whose, and where their KV lies."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from services.worker.plan import StepPlan
+
+
+class Span(NamedTuple):
+    """Rows `first` to `first + num_rows` of a step: tokens of one sequence.
+
+    They stand at positions `start` to `end = start + num_rows` of it.
+    """
+
+    first: int
+    num_rows: int
+    start: int
+    end: int
+    #: Physical blocks of positions below `end`, no more.
+    blocks: list[int]
+
+    def run_start(self) -> int | None:
+        """The first block, if they are consecutive: then their KV is a view, not a copy."""
+        first = self.blocks[0]
+        consecutive = self.blocks == list(range(first, first + len(self.blocks)))
+        return first if consecutive else None
+
+
+def spans_of(plan: StepPlan, block_size: int) -> list[Span]:
+    """The spans of a plan, in order."""
+    spans, first = [], 0
+    for item in plan.scheduled:
+        num_rows = len(item.token_ids)
+        num_blocks = -(-item.end // block_size)
+        spans.append(Span(first, num_rows, item.start, item.end, item.block_table[:num_blocks]))
+        first += num_rows
+    return spans
+
+
+def slots_of(spans: Iterable[Span], block_size: int) -> list[int]:
+    """The cache slot of each row: block · block_size + place within."""
+    return [
+        span.blocks[position // block_size] * block_size + position % block_size
+        for span in spans
+        for position in range(span.start, span.end)
+    ]

@@ -1,0 +1,66 @@
+"""Where and in which numbers to compute. It knows torch and the machine, no model."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from headrace.errors import StartupError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The device, the type in which weights are kept, and the one in which sums are made."""
+
+    device: torch.device
+    weight_dtype: torch.dtype
+    compute_dtype: torch.dtype
+
+
+def place(device: str, dtype: str) -> Placement:
+    """Resolve "auto". Raises StartupError for an unknown or absent device or type.
+
+    "auto" is bfloat16 everywhere. Where a CPU multiplies bfloat16 natively
+    (AVX512-BF16, AMX), activations and KV cache are bfloat16 too. Elsewhere a
+    matrix product in bfloat16 is emulated, 8 times slower than in float32 at 512
+    rows on an AVX2 machine (5,800 and 690 ms for SmolLM2's linear layers), so
+    activations and KV are float32 and only weights bfloat16; layers/linear.py
+    says how they are multiplied.
+    """
+    chosen = _device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise StartupError(f"dtype must be one of auto, {', '.join(DTYPES)}, not {dtype!r}")
+    weight_dtype = DTYPES.get(dtype, torch.bfloat16)
+    native = chosen.type != "cpu" or _cpu_multiplies_bfloat16()
+    return Placement(chosen, weight_dtype, weight_dtype if native else torch.float32)
+
+
+def use_threads(count: int) -> None:
+    """Compute on `count` CPU threads; 0: one per core that this process may use."""
+    if count < 0:
+        raise StartupError(f"num_threads must be 0 or more, not {count}")
+    torch.set_num_threads(count or len(os.sched_getaffinity(0)))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise StartupError(f"device must be auto, cpu or cuda[:N], not {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise StartupError(f"device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
+    if device.type not in ("cpu", "cuda"):
+        raise StartupError(f"device must be auto, cpu or cuda[:N], not {name!r}")
+    return device
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    # Without a leading underscore torch 2.11 to 2.13 offer no such question.
+    questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in questions)

@@ -1,0 +1,159 @@
+"""Physical KV blocks by number: who uses them, and which full block holds which id.
+
+It counts; it knows no tensors, no tokens and no sequences.
+
+Every block is in exactly one of three states:
+
+    free        no content worth keeping            in `_free`
+    used        by one or more sequences            reference count > 0
+    evictable   unused, its content still cached    in `_evictable`
+
+A block that was registered has an id and stays cached, used or not, until its
+room is needed; one id names at most one block. Shared blocks are full and never
+written again, so sharing needs no copy.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from headrace.blocks import short_id
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from headrace.blocks import BlockId
+
+
+class BlockManager:
+    """`num_blocks` blocks, numbered from 0. Not thread-safe."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._num_references = [0] * num_blocks
+        #: What a cached block holds; None for a block that is not cached.
+        self._id_of: list[BlockId | None] = [None] * num_blocks
+        self._cached: dict[BlockId, int] = {}
+        #: Least recently used first.
+        self._evictable: dict[int, None] = {}
+        #: Net changes since they were last taken: short id -> now cached or not.
+        self._changes: dict[int, bool] = {}
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that `allocate` can give: free ones and evictable ones."""
+        return len(self._free) + len(self._evictable)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that sequences use."""
+        return self.num_blocks - self.num_available
+
+    def find_prefix(self, ids: Iterable[BlockId]) -> list[int]:
+        """The blocks that hold the longest cached prefix of `ids`. Changes nothing."""
+        found = []
+        for block_id in ids:
+            block = self._cached.get(block_id)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def num_unused(self, blocks: Iterable[int]) -> int:
+        """How many of cached `blocks` nobody uses: taking them lowers `num_available`."""
+        return sum(block in self._evictable for block in blocks)
+
+    def num_exclusive(self, blocks: Iterable[int]) -> int:
+        """How many of `blocks` have one user: its release raises `num_available`."""
+        return sum(self._num_references[block] == 1 for block in blocks)
+
+    def share(self, blocks: Sequence[int]) -> None:
+        """Add a user to cached `blocks`, as `find_prefix` gave them."""
+        for block in blocks:
+            self._num_references[block] += 1
+            self._evictable.pop(block, None)
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` blocks for one user, evicting the least recently used if it must.
+
+        Raises ValueError, taking none, if there are fewer than `count` available.
+        """
+        if count > self.num_available:
+            raise ValueError(f"{count} blocks were asked of {self.num_available}")
+        taken = []
+        for _ in range(count):
+            block = self._free.pop() if self._free else self._evict()
+            self._num_references[block] = 1
+            taken.append(block)
+        return taken
+
+    def register(self, block: int, block_id: BlockId) -> None:
+        """Cache a used, full block under its id. Of two blocks with one id the first stays."""
+        if block_id in self._cached or self._id_of[block] is not None:
+            return
+        self._cached[block_id] = block
+        self._id_of[block] = block_id
+        self._note(block_id, cached=True)
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Remove a user of `blocks`, given in the sequence's order.
+
+        Raises ValueError for a block without a user.
+        """
+        # From the end, so that a prefix outlives what hangs on it.
+        for block in reversed(blocks):
+            if self._num_references[block] < 1:
+                raise ValueError(f"block {block} was freed twice")
+            self._num_references[block] -= 1
+            if self._num_references[block]:
+                continue
+            if self._id_of[block] is None:
+                self._free.append(block)
+            else:
+                self._evictable[block] = None
+
+    def take_changes(self) -> tuple[list[int], list[int]]:
+        """Short ids (stored, removed) whose net state changed since the last call."""
+        changes, self._changes = self._changes, {}
+        stored = [short for short, cached in changes.items() if cached]
+        return stored, [short for short, cached in changes.items() if not cached]
+
+    def owned(self) -> list[int]:
+        """Short ids of all cached blocks."""
+        return [short_id(block_id) for block_id in self._cached]
+
+    def check(self, users: Iterable[Sequence[int]]) -> None:
+        """Raise AssertionError if an invariant at the top of this file is broken. For tests.
+
+        `users` are the blocks of all users.
+        """
+        expected = Counter(block for blocks in users for block in blocks)
+        free, evictable = set(self._free), set(self._evictable)
+        assert len(free) == len(self._free)
+        for block, count in enumerate(self._num_references):
+            is_cached = self._id_of[block] is not None
+            assert count == expected[block]
+            assert (count > 0) + (block in free) + (block in evictable) == 1
+            assert count < 2 or is_cached
+            assert block not in free or not is_cached
+            assert block not in evictable or is_cached
+        held = {block_id: b for b, block_id in enumerate(self._id_of) if block_id is not None}
+        assert held == self._cached
+
+    def _evict(self) -> int:
+        block = next(iter(self._evictable))
+        del self._evictable[block]
+        block_id = self._id_of[block]
+        assert block_id is not None
+        self._id_of[block] = None
+        del self._cached[block_id]
+        self._note(block_id, cached=False)
+        return block
+
+    def _note(self, block_id: BlockId, *, cached: bool) -> None:
+        short = short_id(block_id)
+        # The opposite change is pending: together they are none.
+        if self._changes.pop(short, cached) == cached:
+            self._changes[short] = cached

@@ -1,0 +1,143 @@
+"""A sequence inside an engine: its tokens, its blocks, how far it is, when things happened.
+
+It knows what ends it and what its blocks are called; it does not decide when it runs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from headrace.blocks import ID_LEN, block_ids, pack_tokens
+from services.worker.engine import SequenceEnd
+
+if TYPE_CHECKING:
+    from headrace.blocks import BlockId
+    from services.worker.engine import EndReason, EngineInfo, SequenceRequest
+
+
+class SequenceState:
+    """One accepted or refused request. Mutated by the engine core only.
+
+    `num_computed` tokens have their KV in the blocks of `block_table`, the first
+    `num_registered` of which are full and known to the prefix cache.
+    """
+
+    __slots__ = (
+        "_block_ids", "_block_size", "_max_len", "_namespace_key", "_stop_token_ids",
+        "block_table", "cached_tokens", "first_token_at", "num_computed", "num_prompt_tokens",
+        "num_registered", "num_tokens", "order", "request", "sequence_id", "started_at",
+        "submitted_at", "tokens",
+    )  # fmt: skip
+
+    def __init__(
+        self, request: SequenceRequest, info: EngineInfo, arrival: int, submitted_at: float
+    ) -> None:
+        self.request = request
+        self.sequence_id = request.sequence_id
+        #: The scheduler's order: smaller is served first.
+        self.order = (-request.priority, arrival)
+        self.tokens = request.prompt_ids + request.generated_ids
+        #: Tokens known: prompt and generated.
+        self.num_tokens = len(self.tokens)
+        self.num_prompt_tokens = len(request.prompt_ids)
+        self.num_computed = 0
+        self.num_registered = 0
+        self.block_table: list[int] = []
+        self.submitted_at = submitted_at
+        self.started_at: float | None = None
+        self.first_token_at: float | None = None
+        self.cached_tokens = 0
+        sampling = request.sampling
+        self._stop_token_ids = frozenset(
+            sampling.stop_token_ids + (() if sampling.ignore_eos else info.eos_token_ids)
+        )
+        self._max_len = max_len(info)
+        if sampling.max_tokens is not None:
+            self._max_len = min(self._max_len, self.num_prompt_tokens + sampling.max_tokens)
+        self._block_ids: list[BlockId] = []
+        self._block_size = info.block_size
+        self._namespace_key = request.namespace_key
+
+    @property
+    def num_generated(self) -> int:
+        """Generated tokens, those of before a resume included."""
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that it holds."""
+        return len(self.block_table)
+
+    def block_ids(self, count: int) -> list[BlockId]:
+        """Ids of its first `count` blocks, all full. Computed once, when first asked for."""
+        known = self._block_ids
+        if len(known) < count:
+            packed = pack_tokens(
+                self.tokens[len(known) * self._block_size : count * self._block_size]
+            )
+            known += block_ids(
+                packed, self._block_size, known[-1] if known else self._namespace_key
+            )
+        return known if len(known) == count else known[:count]
+
+    def append(self, token: int, now: float) -> EndReason | None:
+        """Take a token generated at `now`. Returns why the sequence is at its end, if it is."""
+        self.tokens.append(token)
+        self.num_tokens += 1
+        if self.first_token_at is None:
+            self.first_token_at = now
+        return self.ending()
+
+    def ending(self) -> EndReason | None:
+        """Why it is at its end after its last generated token, if it is."""
+        if self.tokens[-1] in self._stop_token_ids:
+            return "stop"
+        return "length" if self.num_tokens >= self._max_len else None
+
+    def end(self, reason: EndReason, now: float, error: str = "") -> SequenceEnd:
+        """Its end at time `now`, in seconds."""
+        started = now if self.started_at is None else self.started_at
+        first = now if self.first_token_at is None else self.first_token_at
+        return SequenceEnd(
+            sequence_id=self.sequence_id,
+            reason=reason,
+            prompt_tokens=self.num_prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            completion_tokens=self.num_generated,
+            queue_ms=(started - self.submitted_at) * 1000,
+            prefill_ms=(first - started) * 1000,
+            decode_ms=(now - first) * 1000,
+            stopped_by_token=reason == "stop",
+            error=error,
+        )
+
+
+def max_len(info: EngineInfo) -> int:
+    """The longest sequence, in tokens, that context and KV cache allow."""
+    return min(info.context_len, info.total_blocks * info.block_size)
+
+
+def fault(request: SequenceRequest, info: EngineInfo) -> str:
+    """Why `request` can never run on this engine, naming field, limit and value; or nothing."""
+    num_prompt = len(request.prompt_ids)
+    num_tokens = num_prompt + len(request.generated_ids)
+    if not num_prompt:
+        return "prompt_ids must not be empty"
+    limit = max_len(info)
+    # A resumed sequence may have reached the limit just before it was lost.
+    if num_prompt >= limit or num_tokens > limit:
+        what = "context length" if limit == info.context_len else "KV cache's size"
+        return (
+            f"prompt_ids and generated_ids must be fewer than the {what} of {limit} tokens, "
+            f"not {num_tokens}"
+        )
+    for field, ids in (
+        ("prompt_ids", request.prompt_ids),
+        ("generated_ids", request.generated_ids),
+    ):
+        if ids and not 0 <= min(ids) <= max(ids) < info.vocab_size:
+            bad = next(token for token in ids if not 0 <= token < info.vocab_size)
+            return f"{field} must be below the vocabulary size {info.vocab_size}, not {bad}"
+    if len(request.namespace_key) != ID_LEN:
+        return f"namespace_key must be {ID_LEN} bytes, not {len(request.namespace_key)}"
+    return ""

@@ -1,0 +1,92 @@
+"""What every routing policy owes, whatever it prefers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.router.latency_model import Timing
+from services.router.policies import POLICIES, Candidate, Load, Policy, RoutingRequest, load_policy
+
+CANDIDATES = st.lists(
+    st.builds(
+        Candidate,
+        worker_id=st.uuids().map(str),
+        matched_tokens=st.integers(0, 62).map(lambda n: n * 16),
+        load=st.builds(Load, prefill_tokens=st.integers(0, 100_000), sequences=st.integers(0, 500)),
+        timing=st.builds(
+            Timing,
+            prefill_ms_per_token=st.floats(1e-4, 10),
+            decode_step_ms=st.floats(0.1, 500),
+        ),
+    ),
+    max_size=12,
+)
+REQUESTS = st.builds(
+    RoutingRequest,
+    num_tokens=st.integers(1000, 4000),
+    max_tokens=st.integers(0, 4000),
+    num_sequences=st.integers(1, 16),
+    priority=st.integers(-10, 10),
+    timeout_ms=st.integers(0, 60_000),
+    session_id=st.sampled_from(["", "a"]),
+    turn=st.integers(0, 1000),
+)
+
+
+@pytest.fixture(params=POLICIES, scope="module")
+def policy(request: pytest.FixtureRequest) -> Policy:
+    return load_policy(request.param)
+
+
+def test_its_name_is_the_tables(policy: Policy) -> None:
+    assert POLICIES[policy.name]
+
+
+@settings(max_examples=60, deadline=None)
+@given(request=REQUESTS, candidates=CANDIDATES, data=st.data())
+def test_it_chooses_an_eligible_worker_or_none(
+    policy: Policy, request: RoutingRequest, candidates: list[Candidate], data: st.DataObject
+) -> None:
+    ids = [c.worker_id for c in candidates]
+    excluded = data.draw(st.sets(st.sampled_from(ids))) if ids else set()
+    request = replace(request, exclude_workers=frozenset(excluded | {"another"}))
+    choice = policy.choose(request, candidates)
+    if len(excluded) == len(ids):
+        assert choice is None
+        return
+    assert choice is not None
+    assert choice.candidate in candidates
+    assert choice.candidate.worker_id not in excluded
+    assert choice.predicted_ttft_ms == choice.candidate.predicted_ttft_ms(request.num_tokens)
+    assert choice.predicted_ttft_ms > 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(request=REQUESTS, candidates=CANDIDATES)
+def test_equal_arguments_give_an_equal_choice(
+    policy: Policy, request: RoutingRequest, candidates: list[Candidate]
+) -> None:
+    first = policy.choose(request, candidates)
+    policy.choose(replace(request, turn=request.turn + 1), candidates)
+    assert policy.choose(request, candidates) == first
+    assert load_policy(policy.name).choose(request, list(candidates)) == first
+
+
+def test_the_only_worker_is_chosen(policy: Policy) -> None:
+    busy = Candidate("busy", 0, Load(1_000_000, 10_000))
+    choice = policy.choose(RoutingRequest(num_tokens=10), [busy])
+    assert choice is not None
+    assert choice.candidate is busy
+
+
+def test_equal_workers_take_turns(policy: Policy) -> None:
+    candidates = [Candidate(f"w{i}") for i in range(4)]
+    chosen = [
+        policy.choose(RoutingRequest(num_tokens=500, turn=turn), candidates) for turn in range(8)
+    ]
+    workers = [choice.candidate.worker_id for choice in chosen if choice is not None]
+    assert sorted(workers) == sorted(2 * [c.worker_id for c in candidates])

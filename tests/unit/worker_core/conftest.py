@@ -1,0 +1,166 @@
+"""A tiny engine: the real core over the sim runner, in virtual time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from headrace.params import SamplingParams
+from services.worker.engine import EngineInfo, SequenceRequest
+from services.worker.engine_core import EngineCore
+from services.worker.engines.sim.clock import VirtualClock
+from services.worker.engines.sim.runner import SimRunner, StepTimes
+from services.worker.engines.sim.tokens import next_token
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from services.worker.engine import SequenceEnd, StepOutput
+    from services.worker.plan import StepPlan, StepResult
+
+NAMESPACE = bytes(16)
+EOS = 9
+
+
+@dataclass
+class TinyEngine:
+    """An EngineCore, what it was asked, and what came out of it."""
+
+    num_blocks: int = 8
+    block_size: int = 4
+    context_len: int = 1000
+    max_step_tokens: int = 8
+    max_sequences: int = 4
+    #: What sim chooses from.
+    table: tuple[int, ...] = (0, 1, 2, 3)
+    step_ms: float = 10.0
+    outputs: dict[int, list[int]] = field(default_factory=dict)
+    ends: dict[int, SequenceEnd] = field(default_factory=dict)
+    owned: set[int] = field(default_factory=set)
+    requests: dict[int, SequenceRequest] = field(default_factory=dict)
+    plans: list[StepPlan] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        info = EngineInfo(
+            engine="sim",
+            model_revision="",
+            tokenizer_digest="",
+            vocab_size=10,
+            context_len=self.context_len,
+            block_size=self.block_size,
+            total_blocks=self.num_blocks,
+            max_sequences=self.max_sequences,
+            eos_token_ids=(EOS,),
+            resume="exact",
+        )
+        self.clock = VirtualClock()
+        times = StepTimes(step_ms=self.step_ms, step_ms_per_sequence=0.0, prefill_ms_per_token=1.0)
+        self._runner = SimRunner(
+            times, self.clock, self.table, num_blocks=self.num_blocks, block_size=self.block_size
+        )
+        self.core = EngineCore(
+            info,
+            self,
+            self.clock.now,
+            max_step_tokens=self.max_step_tokens,
+            max_sequences=self.max_sequences,
+        )
+        self._ids = count(1)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """The Runner interface: records what it is asked and checks the plan's own promises."""
+        self.plans.append(plan)
+        assert 0 < plan.num_tokens <= self.max_step_tokens
+        for item in plan.scheduled:
+            assert len(item.block_table) == -(-item.end // self.block_size)
+        return self._runner.execute(plan)
+
+    def submit(self, prompt: list[int], max_tokens: int | None = 4, **options: Any) -> int:
+        """Queue a sequence; its id."""
+        sampling = {
+            name: options.pop(name) for name in ("stop_token_ids", "ignore_eos") if name in options
+        }
+        request = SequenceRequest(
+            sequence_id=next(self._ids),
+            prompt_ids=prompt,
+            generated_ids=options.pop("generated", []),
+            sampling=SamplingParams(seed=0, max_tokens=max_tokens, **sampling),
+            namespace_key=options.pop("namespace", NAMESPACE),
+            **options,
+        )
+        self.requests[request.sequence_id] = request
+        self.outputs[request.sequence_id] = list(request.generated_ids)
+        self.core.submit([request])
+        return request.sequence_id
+
+    def step(self) -> StepOutput:
+        """One step, with all invariants checked after it."""
+        output = self.core.step()
+        self.core.check()
+        for sequence_id, token in zip(output.sequence_ids, output.token_ids, strict=True):
+            assert sequence_id not in self.ends
+            self.outputs[sequence_id].append(token)
+        for end in output.ends:
+            assert end.sequence_id not in self.ends
+            self.ends[end.sequence_id] = end
+        assert not self.owned & set(output.stored)
+        assert self.owned >= set(output.removed)
+        self.owned = (self.owned | set(output.stored)) - set(output.removed)
+        assert sorted(self.owned) == sorted(self.core.owned_blocks())
+        return output
+
+    def drain(self, max_steps: int = 5000) -> None:
+        """Step until nothing is left, and check that every output is the pure function's."""
+        for _ in range(max_steps):
+            if not self.core.has_work():
+                break
+            self.step()
+        assert not self.core.has_work()
+        assert self.core.stats().used_blocks == 0
+        assert self.ends.keys() == self.requests.keys()
+        for sequence_id in self.requests:
+            self.check_output(sequence_id)
+
+    def run(self, prompt: list[int], max_tokens: int | None = 4, **options: Any) -> SequenceEnd:
+        """Submit one sequence and drain; its end."""
+        sequence_id = self.submit(prompt, max_tokens, **options)
+        self.drain()
+        return self.ends[sequence_id]
+
+    def check_output(self, sequence_id: int) -> None:
+        """What came is what an undisturbed run brings: all of it, or its beginning if cut off."""
+        request, end = self.requests[sequence_id], self.ends[sequence_id]
+        found = self.outputs[sequence_id]
+        assert end.completion_tokens == len(found)
+        if end.reason == "error":
+            return
+        expected, reason = self.expected(request)
+        if end.reason == "cancelled":
+            assert found == expected[: len(found)]
+        else:
+            assert (found, end.reason) == (expected, reason)
+
+    def expected(self, request: SequenceRequest) -> tuple[list[int], str]:
+        """The output and end of `request`, from the definitions alone."""
+        sampling = request.sampling
+        stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else {EOS})
+        limit = min(self.context_len, self.num_blocks * self.block_size)
+        tokens = [*request.prompt_ids, *request.generated_ids]
+        num_prompt = len(request.prompt_ids)
+        while True:
+            generated = tokens[num_prompt:]
+            if generated and generated[-1] in stops:
+                return generated, "stop"
+            full = sampling.max_tokens is not None and len(generated) >= sampling.max_tokens
+            if full or len(tokens) >= limit:
+                return generated, "length"
+            tokens.append(next_token(tokens, self.table))
+
+
+@pytest.fixture
+def tiny() -> Callable[..., TinyEngine]:
+    """Makes tiny engines: `tiny(num_blocks=4)`."""
+    return TinyEngine
