@@ -43,6 +43,7 @@ from __future__ import annotations
 
 from array import array
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -222,4 +223,13 @@ def connect(url: str, *, timeout_s: float = 1.0) -> Redis:
     try:
         return Redis.from_url(url, **options)
     except ValueError as error:
-        raise StartupError(f"--redis {url!r}: {error}") from error
+        raise StartupError(f"--redis {redact(url)!r}: {error}") from error
+
+
+def redact(url: str) -> str:
+    """A URL that may be shown: without its password."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    shown = parts.netloc.replace(f":{parts.password}@", ":***@")
+    return parts._replace(netloc=shown).geturl()

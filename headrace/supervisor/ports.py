@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from headrace.config import split_address
 from headrace.errors import StartupError
+from headrace.registry import redact
 
 LOOPBACK = "127.0.0.1"
 _LOWEST = 20000
@@ -67,15 +68,6 @@ def check_redis(url: str) -> None:
             raise StartupError(f"{shown} must be redis://HOST:PORT, rediss:// or unix://PATH")
     except (OSError, ValueError) as error:
         raise StartupError(f"{shown}: can't connect ({error})") from error
-
-
-def redact(url: str) -> str:
-    """A URL that may be shown: without its password."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    shown = parts.netloc.replace(f":{parts.password}@", ":***@")
-    return parts._replace(netloc=shown).geturl()
 
 
 def _bind_error(host: str, port: int) -> OSError | None:

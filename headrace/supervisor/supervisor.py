@@ -15,9 +15,9 @@ import time
 from typing import TYPE_CHECKING
 
 from headrace.errors import StartupError
+from headrace.registry import redact
 from headrace.service import cancel_and_wait
 from headrace.supervisor import policy, probe
-from headrace.supervisor.ports import redact
 from headrace.supervisor.process import Child
 from headrace.supervisor.state import (
     MAX_LOG_LEN,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from headrace import status
 from headrace.models.store import resolve
+from headrace.registry import redact
 from headrace.rpc.server import Server, advertised
 from headrace.service import cancel_and_wait, settle_garbage
 from headrace.v1.worker_pb2_grpc import add_WorkerServiceServicer_to_server
@@ -62,7 +63,7 @@ async def run(config: WorkerConfig, stop: asyncio.Event) -> None:
 async def _serve(worker: Worker, config: WorkerConfig, server: Server, stop: asyncio.Event) -> None:
     died = worker.engine.died
     worker.start()
-    status.report(f"waiting for Redis at {config.redis}")
+    status.report(f"waiting for Redis at {redact(config.redis)}")
     await _first(worker.publisher.registered.wait(), stop.wait(), died)
     if worker.publisher.registered.is_set():
         settle_garbage()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from headrace import registry
 from headrace.errors import StartupError
 from headrace.supervisor import plan, ports
 from headrace.supervisor.plan import MeshConfig, ProcessSpec
@@ -58,9 +59,9 @@ def test_a_redis_of_the_users_own_is_not_started_and_not_shown() -> None:
 
 
 def test_a_password_is_not_shown() -> None:
-    assert ports.redact("redis://user:secret@db:6379/0") == "redis://user:***@db:6379/0"
-    assert ports.redact("redis://db:6379/0") == "redis://db:6379/0"
-    assert ports.redact("") == ""
+    assert registry.redact("redis://user:secret@db:6379/0") == "redis://user:***@db:6379/0"
+    assert registry.redact("redis://db:6379/0") == "redis://db:6379/0"
+    assert registry.redact("") == ""
 
 
 def test_free_addresses_are_different_and_out_of_the_kernels_way() -> None:
