@@ -28,6 +28,8 @@ F = TypeVar("F")
 
 #: A message longer than this travels in chunks of at most this length.
 CHUNK_LEN = 16 << 10
+#: What putting a message or chunk into a frame adds to its length, at most.
+_FRAMING_LEN = 24
 
 
 class Outbox(Generic[M]):
@@ -76,23 +78,23 @@ class Outbox(Generic[M]):
         self._len = 0
 
     def take(self, budget: int = FRAME_LEN) -> tuple[list[M], list[types_pb2.Chunk]]:
-        """The next frame's messages and chunks, about `budget` bytes at most.
+        """The next frame's messages and chunks, `budget` bytes at most.
 
         Small messages go first; long ones share what is left in turn.
         """
         messages: list[M] = []
-        while self._small and (not messages or budget >= self._small[0][2]):
+        while self._small and (not messages or budget >= self._small[0][2] + _FRAMING_LEN):
             _, message, length = self._small.popleft()
             messages.append(message)
-            budget -= length
+            budget -= length + _FRAMING_LEN
             self._len -= length
         chunks: list[types_pb2.Chunk] = []
-        while self._long and (budget >= CHUNK_LEN or not (messages or chunks)):
+        while self._long and (budget >= CHUNK_LEN + _FRAMING_LEN or not (messages or chunks)):
             key, data, start = self._long.popleft()
             end = min(start + CHUNK_LEN, len(data))
             last = end == len(data)
             chunks.append(types_pb2.Chunk(id=key, data=data[start:end], last=last))
-            budget -= end - start
+            budget -= end - start + _FRAMING_LEN
             self._len -= end - start
             if not last:
                 self._long.append((key, data, end))

@@ -130,6 +130,11 @@ class Pool:
         return len(self._waiting)
 
     @property
+    def load(self) -> int:
+        """Bytes that lie in workers' queues or are being worked on."""
+        return sum(link.load for link in self._links)
+
+    @property
     def worker_pids(self) -> list[int]:
         """Process ids of the workers that have said hello."""
         return [link.pid for link in self._links if link.pid]

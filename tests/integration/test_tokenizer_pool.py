@@ -153,12 +153,14 @@ async def test_cancelled_and_late_requests_leave_the_queue(smollm2: ModelFiles) 
         tasks = [asyncio.create_task(ids_of(pool, text)) for text in TEXTS[1:200]]
         late = [asyncio.create_task(pool.run(encode("x"), timeout_s=0.05)) for _ in range(50)]
         await until(lambda: pool.num_waiting == 249, "all wait")
+        before = pool.load
         for task in tasks:
             task.cancel()
         for error in await asyncio.gather(*late, return_exceptions=True):
             assert isinstance(error, DeadlineExceeded)
         await asyncio.gather(*tasks, return_exceptions=True)
         assert pool.num_waiting == 0
+        assert pool.load < before / 2
         for pid in pool.worker_pids:
             os.kill(pid, signal.SIGCONT)
         assert await ids_of(pool, "hello")
@@ -232,6 +234,8 @@ def test_nothing_outlives_a_killed_parent() -> None:
             pids = [*map(int, parent.stdout.readline().split())]
             assert len(pids) == 3
             assert not any(map(is_gone, pids))
+            # One that works, and can't see its socket's end.
+            os.kill(pids[1], signal.SIGSTOP)
         finally:
             parent.kill()
     asyncio.run(until(lambda: all(map(is_gone, pids)), "the pool's processes end with it"))

@@ -102,7 +102,7 @@ class _WordCache(dict[str, bytes]):
             if len(word) > _MAX_CACHED_LEN:
                 return ids
         self._len += word.__sizeof__() + ids.__sizeof__() + _ENTRY_LEN
-        if False:
+        if self._len > self._half_len:
             # The same object goes on as the young half: `encode` holds its methods.
             self._old = self.copy()
             self.clear()

@@ -77,6 +77,14 @@ def test_windows_and_patterns_cut_alike(name: str, text: str, window: int) -> No
     assert [word for some in entry.words(text, window) for word in some] == expected
 
 
+@pytest.mark.parametrize("window", range(1, 20))
+def test_no_window_cuts_a_contraction(window: int) -> None:
+    entry = PRE_TOKENIZERS["gpt2"]
+    text = "we're you've she'll it's 12   'r x're\n\n " * 3
+    expected = entry.exact_pattern.findall(text)
+    assert [word for some in entry.words(text, window) for word in some] == expected
+
+
 def test_the_cache_is_bounded_and_keeps_what_is_used() -> None:
     merges = _Merges(random_spec(random.Random(3)))
     cache = _WordCache(merges, half_len=20_000)
