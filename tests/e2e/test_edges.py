@@ -89,6 +89,22 @@ def test_the_same_over_http_and_grpc(sim_mesh: Mesh) -> None:
     assert over_grpc[-1].finish_reason == types_pb2.FINISH_REASON_LENGTH
 
 
+def test_streaming_says_the_same(sim_mesh: Mesh) -> None:
+    client = openai.OpenAI(base_url=f"{sim_mesh.url}/v1", api_key="none")
+    messages: Any = [{"role": "user", "content": "Name three colours."}]
+    options: Any = {"model": MODEL, "messages": messages, "max_tokens": 24}
+    whole = client.chat.completions.create(**options)
+    parts, usage = [], None
+    for chunk in client.chat.completions.create(
+        stream=True, stream_options={"include_usage": True}, **options
+    ):
+        parts += [c.delta.content or "" for c in chunk.choices]
+        usage = chunk.usage or usage
+    assert "".join(parts) == whole.choices[0].message.content
+    assert usage is not None
+    assert usage.completion_tokens == whole.usage.completion_tokens == 24
+
+
 def test_models_and_health(sim_mesh: Mesh) -> None:
     client = openai.OpenAI(base_url=f"{sim_mesh.url}/v1", api_key="none")
     assert [m.id for m in client.models.list()] == [MODEL]

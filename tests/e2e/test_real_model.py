@@ -46,21 +46,6 @@ def test_it_speaks_english(client: openai.OpenAI) -> None:
     assert answer.choices[0].finish_reason in ("stop", "length")
 
 
-def test_streaming_says_the_same(client: openai.OpenAI) -> None:
-    messages: Any = [{"role": "user", "content": "Name three colours."}]
-    options: Any = {"model": MODEL, "messages": messages, "temperature": 0, "max_tokens": 24}
-    whole = client.chat.completions.create(**options)
-    parts, usage = [], None
-    for chunk in client.chat.completions.create(
-        stream=True, stream_options={"include_usage": True}, **options
-    ):
-        parts += [c.delta.content or "" for c in chunk.choices]
-        usage = chunk.usage or usage
-    assert "".join(parts) == whole.choices[0].message.content
-    assert usage is not None
-    assert usage.completion_tokens == whole.usage.completion_tokens
-
-
 def test_a_prompt_sent_twice_is_found_and_a_killed_worker_is_survived(
     torch_mesh: Mesh, client: openai.OpenAI
 ) -> None:
