@@ -10,6 +10,10 @@ LEASE_TTL_MS without a break: by then every live worker has renewed its lease,
 and a lease that is missing means what it says (see `contact`).
 
 Blocks of tiers other than the device's are not indexed yet; their events count.
+
+A task that talks to Redis is ended by a flag and a cancellation: on Python 3.11
+`asyncio.wait_for`, through which the client writes, loses a cancellation that comes
+as the write completes, and a task that trusted it alone would follow for ever.
 """
 
 from __future__ import annotations
@@ -75,6 +79,7 @@ class Ownership:
         self._contact = Contact(lease_ttl_ms)
         self._partitions: dict[str, list[_Partition]] = {}
         self._task: asyncio.Task[object] | None = None
+        self._closing = False
 
     @property
     def connected(self) -> bool:
@@ -87,12 +92,18 @@ class Ownership:
         now = asyncio.get_running_loop().time()
         return all(contact.is_settled(now) for contact in self._contacts())
 
+    @property
+    def polls(self) -> int:
+        """How often every partition's members were compared with Redis, at least."""
+        return min((partition.polls for partition in self._all_partitions()), default=0)
+
     def start(self) -> None:
         """Follow Redis from now on."""
         self._task = asyncio.create_task(self._follow_models(), name="models")
 
     async def close(self) -> None:
         """Follow no more, and disconnect."""
+        self._closing = True
         await cancel_and_wait(self._task)
         for name in list(self._partitions):
             await self._end_partitions(name)
@@ -112,7 +123,7 @@ class Ownership:
     async def _follow_models(self) -> None:
         loop = asyncio.get_running_loop()
         backoff = _Backoff("the list of models")
-        while True:
+        while not self._closing:
             try:
                 async with self._redis.pipeline(transaction=True) as pipe:
                     pipe.info("server")
@@ -121,7 +132,7 @@ class Ownership:
                 self._contact.made(loop.time(), info["run_id"])
                 await self._take_models(found, loop.time())
                 backoff.over()
-                if all(partition.polled for partition in self._all_partitions()):
+                if self.polls or not self._partitions:
                     self.contacted.set()
                 await asyncio.sleep(POLL_S if self.contacted.is_set() else _BACKOFF_S[0])
             except (RedisError, OSError) as error:
@@ -157,7 +168,10 @@ class Ownership:
                 self._fleet.drop_model(name)
 
     async def _end_partitions(self, model: str) -> None:
-        await cancel_and_wait(*(partition.task for partition in self._partitions.pop(model, ())))
+        partitions = self._partitions.pop(model, [])
+        for partition in partitions:
+            partition.closing = True
+        await cancel_and_wait(*(partition.task for partition in partitions))
 
 
 class _Partition:
@@ -165,8 +179,9 @@ class _Partition:
 
     def __init__(self, redis: Any, fleet: Fleet, keys: Keys, contact: Contact) -> None:
         self.contact = contact
-        #: Whether the members were read once.
-        self.polled = False
+        #: How often the members were compared with Redis.
+        self.polls = 0
+        self.closing = False
         self._redis = redis
         self._fleet = fleet
         self._model = keys.model
@@ -187,7 +202,7 @@ class _Partition:
 
     async def _follow(self) -> None:
         backoff = _Backoff(f"model {self._model}")
-        while True:
+        while not self.closing:
             try:
                 if self._loop.time() >= self._poll_at:
                     await self._poll()
@@ -210,21 +225,20 @@ class _Partition:
             pipe.zrange(self._keys.workers, 0, -1)
             pipe.xrevrange(self._keys.events, count=1)
             info, listed, newest = await pipe.execute()
-        end = _end(newest)
-        now = self._loop.time()
-        self.contact.made(now, info["run_id"], lost_data=end < (self._position or end))
-        if self._position is None or end < self._position:
-            self._position = end
-        self._poll_at = now + POLL_S
+        self._in_contact(info, newest)
+        self._poll_at = self._loop.time() + POLL_S
         model = self._fleet.models[self._model]
         ids = sorted({_text(id_) for id_ in listed} | model.workers.keys() | model.refused.keys())
         if ids:
             await self._poll_workers(ids)
-        self.polled = True
+        self.polls += 1
 
     async def _poll_workers(self, ids: list[str]) -> None:
         members = self._fleet.models[self._model].workers
         async with self._redis.pipeline(transaction=True) as pipe:
+            # In one transaction with the leases: a Redis that lost its data since the
+            # members were listed must not pass for one in which all leases ended.
+            pipe.info("server")
             for worker_id in ids:
                 generation = members[worker_id].key.generation if worker_id in members else 0
                 pipe.get(self._keys.worker(worker_id))
@@ -232,8 +246,8 @@ class _Partition:
                 pipe.get(self._keys.sequence(worker_id, generation))
             # In one transaction with the sequences: what they count stands before it.
             pipe.xrevrange(self._keys.events, count=1)
-            *answers, newest = await pipe.execute()
-        self._expected, self._expected_at = {}, _end(newest)
+            info, *answers, newest = await pipe.execute()
+        self._expected, self._expected_at = {}, self._in_contact(info, newest)
         for i, worker_id in enumerate(ids):
             card_data, lease, sequence = answers[3 * i : 3 * i + 3]
             member = members.get(worker_id)
@@ -250,6 +264,15 @@ class _Partition:
                 await self._load(worker_id, "new generation")
             else:
                 self._expected[worker_id] = (member.key.generation, _number(sequence))
+
+    def _in_contact(self, info: dict[str, str], newest: list[tuple[bytes, Any]]) -> StreamId:
+        """Redis answered, as this process with this newest event. Returns the stream's end."""
+        end = _end(newest)
+        lost_data = self._position is not None and end < self._position
+        self.contact.made(self._loop.time(), info["run_id"], lost_data=lost_data)
+        if self._position is None or lost_data:
+            self._position = end
+        return end
 
     def _lapsed(self, worker_id: str) -> None:
         """The worker's lease or card is missing."""

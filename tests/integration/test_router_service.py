@@ -250,6 +250,16 @@ async def test_a_killed_worker_is_out_at_once(
             await worker.close()
 
 
+async def test_a_worker_that_says_nothing_is_out(
+    router: RunningRouter, workers: list[FakeWorker]
+) -> None:
+    # Its connection answers pings all the while, as that of a hung loop does.
+    workers[0].servicer.silent = True
+    await until("it is out", lambda: router.reachable("two"))
+    workers[0].servicer.silent = False
+    await until("it is back", lambda: router.reachable("one", "two"))
+
+
 async def test_another_worker_at_the_address_is_no_answer(
     router: RunningRouter, workers: list[FakeWorker], caplog: pytest.LogCaptureFixture
 ) -> None:
