@@ -78,8 +78,21 @@ def settle_garbage() -> None:
 
 
 async def cancel_and_wait(*tasks: asyncio.Task[object] | None) -> None:
-    """Cancel `tasks` and wait until they are gone, whatever they raise."""
-    live = [task for task in tasks if task is not None]
-    for task in live:
-        task.cancel()
-    await asyncio.gather(*live, return_exceptions=True)
+    """Cancel `tasks` and wait until they are gone, whatever they raise.
+
+    Again and again if it must: Python 3.11's `wait_for` drops a cancellation that
+    arrives as what it waits for finishes, and redis-py wraps its writes in it.
+    """
+    live = {task for task in tasks if task is not None}
+    while live:
+        for task in live:
+            task.cancel()
+        done, live = await asyncio.wait(live, timeout=_CANCEL_AGAIN_S)
+        for task in done:
+            if not task.cancelled():
+                # Looked at, so that it is not reported as forgotten.
+                task.exception()
+
+
+#: How long a task may take to end before it is cancelled once more.
+_CANCEL_AGAIN_S = 1.0

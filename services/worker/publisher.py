@@ -27,7 +27,7 @@ from services.worker.ownership import OwnedBlocks
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from headrace.registry import Keys, WorkerCard
+    from headrace.registry import Keys, ModelCard, WorkerCard
     from services.worker.ownership import Change
 
 #: Ids in one event at most.
@@ -146,9 +146,7 @@ class Publisher:
         self._sequence = 0
         self._in_flight = None
         card = self._card(self.generation)
-        await self._redis.hset(
-            registry.MODELS_KEY, card.model.name, registry.encode_card(card.model)
-        )
+        await self._name_model(card.model)
         event = registry.Event(self._worker_id, self.generation, 0)
         held = await self._register(
             keys=[
@@ -183,12 +181,27 @@ class Publisher:
             len(owned) // 8,
         )
 
+    async def _name_model(self, card: ModelCard) -> None:
+        """Put the model in the list, unless other workers serve it under another card.
+
+        Then routers refuse this worker, until the others are gone: tried at every renewal.
+        """
+        data = registry.encode_card(card)
+        if await self._redis.hsetnx(registry.MODELS_KEY, card.name, data):
+            return
+        if await self._redis.hget(registry.MODELS_KEY, card.name) == data:
+            return
+        others = set(await self._redis.zrange(self._keys.workers, 0, -1))
+        if not others - {self._worker_id.encode()}:
+            await self._redis.hset(registry.MODELS_KEY, card.name, data)
+
     async def _do_renew(self) -> None:
         renewed = await self._renew(
             keys=self._own_keys(),
             args=[self._worker_id, self.generation, registry.LEASE_TTL_MS],
         )
         if renewed:
+            await self._name_model(self._card(self.generation).model)
             self._schedule_renewal()
         else:
             self._lose()

@@ -55,6 +55,11 @@ class Reader:
         assert len(ids) == len(set(ids)), "an id in two slots"
         return set(ids), int(sequence or 0)
 
+    async def model(self) -> ModelCard:
+        data = await self.redis.hget(registry.MODELS_KEY, "tiny")
+        assert data is not None
+        return registry.decode_model_card(data)
+
     async def events(self, worker_id: str) -> list[Event]:
         entries = await self.redis.xrange(KEYS.events)
         events = [registry.parse_event(fields) for _, fields in entries]
@@ -192,6 +197,30 @@ async def publisher(server: ValkeyServer) -> AsyncIterator[Publisher]:
     await publisher.registered.wait()
     yield publisher
     await publisher.leave()
+
+
+async def test_a_worker_that_disagrees_waits_until_the_model_is_free(
+    publisher: Publisher, server: ValkeyServer, reader: Reader
+) -> None:
+    other = ModelCard("tiny", "another revision", "digest", 4096, 16)
+    intruder = Publisher(
+        url(server),
+        "intruder",
+        KEYS,
+        lambda generation: WorkerCard("intruder", generation, "127.0.0.1:2", other, "sim", "", 64),
+    )
+    intruder.start()
+    try:
+        await intruder.registered.wait()
+        assert (await reader.model()).revision == "revision"
+        await publisher.leave()
+
+        async def is_named() -> bool:
+            return (await reader.model()).revision == "another revision"
+
+        await until(is_named)
+    finally:
+        await intruder.leave()
 
 
 async def test_a_lost_lease_begins_a_new_generation(publisher: Publisher, reader: Reader) -> None:
