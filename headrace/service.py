@@ -1,6 +1,6 @@
 """How every service's process lives: logs, loop, signals, a clear end.
 
-`run` is the whole of a service's `__main__`. It knows nothing of what the
+A service's `__main__` is `read_config` and `run`. This knows nothing of what the
 service does.
 """
 
@@ -12,15 +12,17 @@ import logging
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import uvloop
 
-from headrace import status, telemetry
+from headrace import config, status, telemetry
 from headrace.errors import StartupError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+T = TypeVar("T")
 
 #: Exit status of a process that could not start and won't by being restarted.
 EXIT_CONFIG = 2
@@ -38,6 +40,17 @@ def setup_logs(name: str) -> None:
         datefmt="%Y-%m-%dT%H:%M:%S",
         force=True,
     )
+
+
+def read_config(service: str, cls: type[T], description: str) -> T:
+    """The configuration from command line, environment and file, or the end of the process."""
+    try:
+        return config.load(cls, service=service, argv=sys.argv[1:], description=description)
+    except StartupError as error:
+        setup_logs(service)
+        status.report(f"{status.FAILED}: {error}")
+        log.error("%s", error)
+        raise SystemExit(EXIT_CONFIG) from error
 
 
 def run(service: str, instance: str, main: Callable[[asyncio.Event], Awaitable[None]]) -> int:

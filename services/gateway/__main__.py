@@ -6,24 +6,16 @@ import sys
 from dataclasses import replace
 
 from headrace import service
-from headrace.config import load
-from headrace.errors import StartupError
 from services.gateway.app import serve
 from services.gateway.config import GatewayConfig
 from services.gateway.ids import new_gateway_id
 
+_DESCRIPTION = "The public edge of Headrace: gRPC and OpenAI-compatible HTTP."
+
 
 def main() -> int:
-    try:
-        config = load(
-            GatewayConfig,
-            service="gateway",
-            argv=sys.argv[1:],
-            description="The public edge of Headrace: gRPC and OpenAI-compatible HTTP.",
-        )
-    except StartupError as error:
-        print(f"gateway: {error}", file=sys.stderr)
-        return service.EXIT_CONFIG
+    """Read the configuration and serve. Returns the exit status."""
+    config = service.read_config("gateway", GatewayConfig, _DESCRIPTION)
     config = replace(config, gateway_id=config.gateway_id or new_gateway_id())
     return service.run("gateway", config.gateway_id, lambda stop: serve(config, stop))
 

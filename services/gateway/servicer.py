@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from headrace import telemetry
 from headrace.errors import InvalidArgument
+from headrace.rpc.convert import sampling_from_proto
 from headrace.rpc.errors import abort, from_exception
 from headrace.v1 import inference_pb2 as pb
 from headrace.v1 import types_pb2
@@ -15,7 +16,6 @@ from services.gateway import tracing
 from services.gateway.call_sink import CallSink
 from services.gateway.generation import ChatMessage, GenerationRequest
 from services.gateway.ids import new_request_id
-from services.gateway.wire import sampling_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -91,7 +91,7 @@ def parse_request(
         prompt=request.prompt if given == "prompt" else None,
         messages=chat if given == "chat" else None,
         token_ids=tuple(request.token_ids.ids) if given == "token_ids" else None,
-        sampling=sampling_of(request.sampling),
+        sampling=sampling_from_proto(request.sampling),
         n=request.n if request.HasField("n") else 1,
         stop=tuple(request.stop),
         timeout_s=timeout_s,

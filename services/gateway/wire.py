@@ -1,9 +1,9 @@
-"""Sequences and sampling parameters as protos, and back. Nothing else."""
+"""Sequences as protos, and back. Nothing else."""
 
 from __future__ import annotations
 
 from headrace.errors import Internal
-from headrace.params import SamplingParams
+from headrace.rpc.convert import sampling_to_proto
 from headrace.rpc.errors import from_proto
 from headrace.v1 import types_pb2, worker_pb2
 from services.gateway.submission import End, Reason, Submission
@@ -22,43 +22,13 @@ def submission_proto(submission: Submission, slot: int) -> worker_pb2.Submission
         index=submission.index,
         prompt_ids=submission.prompt_ids,
         generated_ids=submission.generated_ids,
-        sampling=sampling_proto(submission.sampling),
+        sampling=sampling_to_proto(submission.sampling),
         namespace_key=submission.namespace_key,
         traceparent=submission.traceparent,
         tenant=submission.tenant,
         priority=submission.priority,
         timeout_ms=max(1, int(submission.timeout_s * 1000)),
         hand_off=submission.hand_off,
-    )
-
-
-def sampling_proto(params: SamplingParams) -> types_pb2.SamplingParams:
-    return types_pb2.SamplingParams(
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        min_p=params.min_p,
-        seed=params.seed,
-        max_tokens=params.max_tokens,
-        stop_token_ids=params.stop_token_ids,
-        ignore_eos=params.ignore_eos,
-    )
-
-
-def sampling_of(proto: types_pb2.SamplingParams) -> SamplingParams:
-    """Absent fields take their defaults. Not validated."""
-    defaults = SamplingParams()
-    return SamplingParams(
-        temperature=_exact(proto.temperature)
-        if proto.HasField("temperature")
-        else defaults.temperature,
-        top_p=_exact(proto.top_p) if proto.HasField("top_p") else defaults.top_p,
-        top_k=proto.top_k if proto.HasField("top_k") else defaults.top_k,
-        min_p=_exact(proto.min_p) if proto.HasField("min_p") else defaults.min_p,
-        seed=proto.seed if proto.HasField("seed") else None,
-        max_tokens=proto.max_tokens if proto.HasField("max_tokens") else None,
-        stop_token_ids=tuple(proto.stop_token_ids),
-        ignore_eos=proto.ignore_eos,
     )
 
 
@@ -69,8 +39,3 @@ def end_of(proto: worker_pb2.SequenceEnd) -> End:
         return End(reason, proto.usage.cached_tokens)
     error = from_proto(proto.error) if proto.HasField("error") else Internal()
     return End(reason, proto.usage.cached_tokens, error)
-
-
-def _exact(value: float) -> float:
-    """The decimal that a client meant: 0.7 travels as the float 0.699999988."""
-    return float(f"{value:.7g}")

@@ -13,6 +13,7 @@ from headrace import telemetry
 from headrace.blocks import short_ids
 from headrace.errors import HeadraceError, InvalidArgument
 from headrace.rpc.calls import CallServer, ServerCodec
+from headrace.rpc.convert import model_card_to_proto
 from headrace.rpc.errors import abort, from_exception
 from headrace.v1 import router_pb2, router_pb2_grpc, types_pb2
 from services.router.policies import RoutingRequest
@@ -21,7 +22,7 @@ from services.router.reservations import GRACE_S, Reservation, WorkerKey
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
-    from headrace.registry import ModelCard, WorkerCard
+    from headrace.registry import WorkerCard
     from headrace.telemetry import Span
     from headrace.v1.router_pb2_grpc import _MaybeAsyncIterator, _ServicerContext
     from services.router.fleet import Worker
@@ -81,7 +82,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         return router_pb2.GetFleetResponse(
             models=[
                 router_pb2.FleetModelState(
-                    card=_model_card(model.card),
+                    card=model_card_to_proto(model.card),
                     workers=[self._worker_state(w) for _, w in sorted(model.workers.items())],
                     refused=[
                         router_pb2.RefusedWorker(worker=_worker_ref(r.card), reason=r.reason)
@@ -131,7 +132,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             self._fleet = router_pb2.Fleet(
                 models=[
                     router_pb2.FleetModel(
-                        card=_model_card(model.card),
+                        card=model_card_to_proto(model.card),
                         workers=[_worker_ref(worker.card) for worker in model.eligible],
                     )
                     for _, model in sorted(self.router.fleet.models.items())
@@ -297,16 +298,4 @@ def _describe(span: Span, policy: str, decision: Decision) -> None:
 def _worker_ref(card: WorkerCard) -> types_pb2.WorkerRef:
     return types_pb2.WorkerRef(
         worker_id=card.worker_id, generation=card.generation, address=card.address
-    )
-
-
-def _model_card(card: ModelCard) -> types_pb2.ModelCard:
-    return types_pb2.ModelCard(
-        name=card.name,
-        revision=card.revision,
-        tokenizer_digest=card.tokenizer_digest,
-        context_len=card.context_len,
-        block_size=card.block_size,
-        modalities=card.modalities,
-        created=card.created,
     )

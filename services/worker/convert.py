@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from headrace.params import SamplingParams
+from headrace.rpc.convert import sampling_from_proto
 from headrace.rpc.errors import to_proto
 from headrace.v1 import types_pb2, worker_pb2
 from services.worker.admission import Submission
 
 if TYPE_CHECKING:
-    from headrace.registry import ModelCard
     from services.worker.dispatch import End
     from services.worker.engine import EngineStats
 
@@ -20,7 +19,6 @@ _REASONS = {
     "cancelled": types_pb2.FINISH_REASON_CANCELLED,
     "error": types_pb2.FINISH_REASON_ERROR,
 }
-_DEFAULTS = SamplingParams()
 
 
 class Identity(NamedTuple):
@@ -46,26 +44,12 @@ def submission(message: worker_pb2.Submission) -> Submission:
         index=message.index,
         prompt_ids=message.prompt_ids,
         generated_ids=message.generated_ids,
-        sampling=_sampling(message.sampling),
+        sampling=sampling_from_proto(message.sampling),
         namespace_key=message.namespace_key,
         traceparent=message.traceparent,
         tenant=message.tenant,
         priority=message.priority,
         timeout_ms=message.timeout_ms,
-    )
-
-
-def _sampling(message: types_pb2.SamplingParams) -> SamplingParams:
-    has = message.HasField
-    return SamplingParams(
-        temperature=message.temperature if has("temperature") else _DEFAULTS.temperature,
-        top_p=message.top_p if has("top_p") else _DEFAULTS.top_p,
-        top_k=message.top_k if has("top_k") else _DEFAULTS.top_k,
-        min_p=message.min_p if has("min_p") else _DEFAULTS.min_p,
-        seed=message.seed if has("seed") else None,
-        max_tokens=message.max_tokens if has("max_tokens") else None,
-        stop_token_ids=tuple(message.stop_token_ids),
-        ignore_eos=message.ignore_eos,
     )
 
 
@@ -99,19 +83,6 @@ def worker_ref(identity: Identity) -> types_pb2.WorkerRef:
 def heartbeat(pulse: Pulse) -> worker_pb2.Heartbeat:
     """That it lives."""
     return worker_pb2.Heartbeat(step=pulse.step, step_elapsed_ms=pulse.step_elapsed_ms)
-
-
-def model_card(card: ModelCard) -> types_pb2.ModelCard:
-    """What it serves."""
-    return types_pb2.ModelCard(
-        name=card.name,
-        revision=card.revision,
-        tokenizer_digest=card.tokenizer_digest,
-        context_len=card.context_len,
-        block_size=card.block_size,
-        modalities=card.modalities,
-        created=card.created,
-    )
 
 
 def load(stats: EngineStats, *, draining: bool) -> worker_pb2.WorkerLoad:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from headrace.errors import HeadraceError, Unavailable
 from headrace.registry import pack_short_ids
+from headrace.rpc.convert import model_card_to_proto
 from headrace.rpc.errors import abort
 from headrace.v1 import worker_pb2, worker_pb2_grpc
 from services.worker import convert
@@ -72,7 +73,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         worker = await self._started(context)
         return worker_pb2.GetWorkerResponse(
             worker=convert.worker_ref(worker.identity()),
-            model=convert.model_card(worker.model),
+            model=model_card_to_proto(worker.model),
             engine=worker.info.engine,
             load=convert.load(worker.load(), draining=worker.sequences.draining),
         )

@@ -1,0 +1,60 @@
+"""Types of the shared library as protos, and back. Nothing else."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from headrace.params import SamplingParams
+from headrace.v1 import types_pb2
+
+if TYPE_CHECKING:
+    from headrace.registry import ModelCard
+
+_DEFAULTS = SamplingParams()
+
+
+def sampling_to_proto(params: SamplingParams) -> types_pb2.SamplingParams:
+    """All fields that are set, defaults too."""
+    return types_pb2.SamplingParams(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        seed=params.seed,
+        max_tokens=params.max_tokens,
+        stop_token_ids=params.stop_token_ids,
+        ignore_eos=params.ignore_eos,
+    )
+
+
+def sampling_from_proto(proto: types_pb2.SamplingParams) -> SamplingParams:
+    """Absent fields take their defaults. Not validated."""
+    has = proto.HasField
+    return SamplingParams(
+        temperature=_decimal(proto.temperature) if has("temperature") else _DEFAULTS.temperature,
+        top_p=_decimal(proto.top_p) if has("top_p") else _DEFAULTS.top_p,
+        top_k=proto.top_k if has("top_k") else _DEFAULTS.top_k,
+        min_p=_decimal(proto.min_p) if has("min_p") else _DEFAULTS.min_p,
+        seed=proto.seed if has("seed") else None,
+        max_tokens=proto.max_tokens if has("max_tokens") else None,
+        stop_token_ids=tuple(proto.stop_token_ids),
+        ignore_eos=proto.ignore_eos,
+    )
+
+
+def model_card_to_proto(card: ModelCard) -> types_pb2.ModelCard:
+    """What workers of a model agree on."""
+    return types_pb2.ModelCard(
+        name=card.name,
+        revision=card.revision,
+        tokenizer_digest=card.tokenizer_digest,
+        context_len=card.context_len,
+        block_size=card.block_size,
+        modalities=card.modalities,
+        created=card.created,
+    )
+
+
+def _decimal(value: float) -> float:
+    """The decimal that a client meant: 0.7 travels as the float 0.699999988."""
+    return float(f"{value:.7g}")
