@@ -43,6 +43,10 @@ PLANS = {
     "first token": plan_of((0, 1, [3])),
     "decode, consecutive blocks": plan_of((13, 1, [5, 6, 7, 8])),
     "decode, scattered blocks": plan_of((13, 1, [9, 2, 30, 11])),
+    "decode, consecutive blocks and then others": plan_of((51, 1, [*range(9, 19), 3, 30, 29])),
+    "decode, consecutive blocks and then others in a row": plan_of(
+        (51, 1, [*range(9, 19), 30, 31, 32])
+    ),
     "decodes of several lengths": plan_of(
         (0, 1, [1]), (7, 1, [2, 3]), (8, 1, [4, 9, 6]), (33, 1, [*range(10, 19)])
     ),

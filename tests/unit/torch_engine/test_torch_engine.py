@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from headrace.blocks import namespace_key
 from headrace.errors import StartupError
@@ -13,7 +14,10 @@ from services.worker.engine import EngineConfig, SequenceRequest
 from services.worker.engines import create
 from services.worker.engines.torch.engine import TorchEngine
 from services.worker.engines.torch.models import MODELS, model_class
+from services.worker.engines.torch.runner import TorchRunner
+from services.worker.engines.torch.sampling import SamplingBatch, sample
 from services.worker.model_config import ARCHITECTURES
+from services.worker.plan import ScheduledSequence, StepPlan
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,6 +82,23 @@ def test_the_same_alone_together_and_resumed(tiny: Path, temperature: float) -> 
         [request(i, p, alone[i][:5], temperature=temperature) for i, p in enumerate(PROMPTS)]
     )
     assert finish(engine) == {i: tokens[5:] for i, tokens in alone.items()}
+
+
+def test_noise_is_that_of_the_sampled_position(tiny: Path) -> None:
+    """A token is drawn for the position where it will stand, in every row that asks."""
+    runner = start(tiny)._runner
+    assert isinstance(runner, TorchRunner)
+    params = [SamplingParams(seed=5, temperature=2.0), SamplingParams(temperature=0.0)]
+    for length in range(1, 6):
+        items = [
+            ScheduledSequence(i, PROMPTS[i][:length], 0, [3 * i, 3 * i + 1], True, params[i])
+            for i in range(2)
+        ]
+        skipped = ScheduledSequence(2, PROMPTS[2][:3], 0, [9], False, SamplingParams(seed=1))
+        plan = StepPlan([items[0], skipped, items[1]])
+        batch = SamplingBatch.of(params, [length, length], 320, torch.device("cpu"))
+        expected = sample(runner.logits(plan), batch).tolist()
+        assert runner.execute(plan).token_ids == expected
 
 
 def test_bfloat16_weights_generate(tiny: Path) -> None:

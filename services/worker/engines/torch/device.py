@@ -43,7 +43,9 @@ def use_threads(count: int) -> None:
     """Compute on `count` CPU threads; 0: one per core that this process may use."""
     if count < 0:
         raise StartupError(f"num_threads must be 0 or more, not {count}")
-    torch.set_num_threads(count or len(os.sched_getaffinity(0)))
+    # Not every system tells which cores a process may use.
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(count or allowed or 1)
 
 
 def _device(name: str) -> torch.device:

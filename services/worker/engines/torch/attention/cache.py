@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from services.worker.engines.torch.attention.spans import Span
     from services.worker.engines.torch.device import Placement
     from services.worker.model_config import ModelConfig
 
@@ -35,21 +34,27 @@ class KVCache:
             make(shape, dtype=placement.compute_dtype, device=placement.device)
             for _ in range(args.num_layers)
         ]
+        #: The same by slot: [2 · kv_heads, num_blocks · block_size, head_dim].
+        self._slots = [layer.flatten(1, 2) for layer in self.layers]
 
     def write(self, layer: int, slots: torch.Tensor, key_value: torch.Tensor) -> None:
         """Store rows at slots. Shapes: [tokens], [tokens, 2 · kv_heads, head_dim]."""
-        self.layers[layer].flatten(1, 2).index_copy_(1, slots, key_value.transpose(0, 1))
+        self._slots[layer].index_copy_(1, slots, key_value.transpose(0, 1))
 
-    def read(self, layer: int, span: Span, run_start: int | None) -> torch.Tensor:
-        """KV of a span's positions below `end`: [2 · kv_heads, end, head_dim].
-
-        A view if its blocks are consecutive from `run_start`, else a copy.
+    def locate(self, blocks: list[int]) -> int | torch.Tensor:
+        """Where the KV of `blocks` lies, for `read`: its first slot if they are
+        consecutive and need no copy, else their numbers.
         """
-        cache = self.layers[layer]
-        num_blocks = len(span.blocks)
-        if run_start is not None:
-            blocks = cache[:, run_start : run_start + num_blocks]
-        else:
-            index = torch.tensor(span.blocks, device=self.device)
-            blocks = cache.index_select(1, index)
-        return blocks.flatten(1, 2)[:, : span.end]
+        first = blocks[0]
+        if blocks == list(range(first, first + len(blocks))):
+            return first * self.block_size
+        return torch.tensor(blocks, device=self.device)
+
+    def read(self, layer: int, where: int | torch.Tensor, length: int) -> torch.Tensor:
+        """KV of the first `length` positions of some blocks: [2 · kv_heads, length, head_dim].
+
+        A view if `where` is a slot, else a copy.
+        """
+        if isinstance(where, int):
+            return self._slots[layer][:, where : where + length]
+        return self.layers[layer].index_select(1, where).flatten(1, 2)[:, :length]

@@ -35,7 +35,8 @@ class PlainAttention:
         kv_heads = self._cache.num_kv_heads
         group = query.shape[1] // kv_heads
         for span in self._spans:
-            stored = self._cache.read(layer, span, None).float()
+            index = torch.tensor(span.blocks, device=query.device)
+            stored = self._cache.read(layer, index, span.end).float()
             positions = torch.arange(span.end, device=query.device)
             hidden = positions[None, :] > positions[span.start :, None]
             rows = slice(span.first, span.first + span.num_rows)

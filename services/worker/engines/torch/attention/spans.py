@@ -23,12 +23,6 @@ class Span(NamedTuple):
     #: Physical blocks of positions below `end`, no more.
     blocks: list[int]
 
-    def run_start(self) -> int | None:
-        """The first block, if they are consecutive: then their KV is a view, not a copy."""
-        first = self.blocks[0]
-        consecutive = self.blocks == list(range(first, first + len(self.blocks)))
-        return first if consecutive else None
-
 
 def spans_of(plan: StepPlan, block_size: int) -> list[Span]:
     """The spans of a plan, in order."""
