@@ -99,6 +99,8 @@ class CallClient(Generic[Request, Response, Call, Result]):
         self._assembler = Assembler()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[object] | None = None
+        #: Why the stream broke last, since the last answer: told once.
+        self._problem = ""
 
     def start(self) -> None:
         """Connect, and stay connected."""
@@ -171,8 +173,10 @@ class CallClient(Generic[Request, Response, Call, Result]):
             try:
                 await self._converse()
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-                if self.connected:
-                    log.warning("%s: stream broke: %s", self.peer, _reason(error))
+                reason = _reason(error)
+                if self.connected and reason != self._problem:
+                    log.warning("%s: stream broke: %s", self.peer, reason)
+                self._problem = reason
             except Exception:
                 log.exception("%s: stream failed", self.peer)
             self.connected = False
@@ -224,6 +228,7 @@ class CallClient(Generic[Request, Response, Call, Result]):
                 await stream.write(self._codec.request(messages, chunks, cancels))
 
     def _receive(self, response: Response) -> None:
+        self._problem = ""
         results, chunks = self._codec.results(response)
         for result in results:
             self._resolve(result)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("headrace.router")
 
+#: How long a router that starts waits for the health streams of workers that may be dead.
+_WORKERS_WAITS, _WORKERS_WAIT_S = 20, 0.05
 #: Between two slices of cleaning.
 _CLEAN_PAUSE_S = 0.002
 
@@ -55,8 +57,13 @@ class App:
         self.ownership.start()
 
     async def ready(self) -> None:
-        """Wait for the first contact with Redis, then say that it serves."""
+        """Wait for what Redis says and for the workers named there, then say that it serves."""
         await self.ownership.contacted.wait()
+        for _ in range(_WORKERS_WAITS):
+            if all(worker.reachable for worker in self.fleet.workers()):
+                break
+            await asyncio.sleep(_WORKERS_WAIT_S)
+        self.servicer.is_open = True
         await self.server.set_serving(True)
 
     async def close(self) -> None:

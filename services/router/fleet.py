@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from headrace import blocks
@@ -141,6 +142,10 @@ class Fleet:
         """The member of that name."""
         known = self.models.get(model)
         return known.workers.get(worker_id) if known else None
+
+    def workers(self) -> Iterator[Worker]:
+        """All members of all models."""
+        return chain.from_iterable(model.workers.values() for model in self.models.values())
 
     def join(self, model_name: str, card: WorkerCard) -> Worker:
         """A new worker, or a new generation: it replaces the old one and owns nothing yet.

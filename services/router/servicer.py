@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from headrace import telemetry
 from headrace.blocks import short_ids
-from headrace.errors import HeadraceError, InvalidArgument
+from headrace.errors import HeadraceError, InvalidArgument, Unavailable
 from headrace.rpc.calls import CallServer, ServerCodec
 from headrace.rpc.convert import model_card_to_proto
 from headrace.rpc.errors import abort, from_exception
@@ -32,10 +32,15 @@ SERVICE_NAME = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
 
 
 class RouterServicer(router_pb2_grpc.RouterServiceServicer):
-    """Serves `router`. `close` when the server has stopped."""
+    """Serves `router`. `close` when the server has stopped.
+
+    Gateways are refused until `is_open`: what a router that has just started knows
+    is less than they still know from before, and would replace it.
+    """
 
     def __init__(self, router: Router, is_redis_connected: Callable[[], bool]) -> None:
         self.router = router
+        self.is_open = False
         self._is_redis_connected = is_redis_connected
         self._hops: set[_Hop] = set()
         self._fleet: router_pb2.Fleet | None = None
@@ -53,6 +58,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         context: _ServicerContext,
     ) -> AsyncIterator[router_pb2.RouteResponse]:
         """One gateway's stream."""
+        if not self.is_open:
+            await abort(context, Unavailable("the router is still looking for its workers"))
         hop = _Hop(self)
         self._hops.add(hop)
         try:

@@ -83,6 +83,9 @@ class Valkey:
 
     def restart_empty(self) -> None:
         self.stop()
+        self.start()
+
+    def start(self) -> None:
         self._server = self._start()
 
     def stop(self) -> None:

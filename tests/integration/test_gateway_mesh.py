@@ -21,8 +21,9 @@ import pytest
 
 from headrace import status
 from headrace.v1 import inference_pb2 as pb
-from headrace.v1 import types_pb2, worker_pb2
+from headrace.v1 import router_pb2, types_pb2, worker_pb2
 from headrace.v1.inference_pb2_grpc import InferenceServiceStub
+from headrace.v1.router_pb2_grpc import RouterServiceStub
 from headrace.v1.worker_pb2_grpc import WorkerServiceStub
 from tests.integration.router_parts import Valkey, free_port, until
 
@@ -220,6 +221,33 @@ async def test_killed_router_and_tokenizer(mesh: Mesh, stub: Any) -> None:
     mesh.router.start()
     mesh.router.wait_ready()
     mesh.tokenizer.wait_ready()
+
+
+async def test_a_router_that_returns_without_redis(mesh: Mesh, stub: Any) -> None:
+    """It knows no worker, and must not take from the gateway those that it knows."""
+    undisturbed = await Answer(stub, "blank " + PROMPT).done()
+    mesh.valkey.stop()
+    mesh.router.kill()
+    mesh.router.start()
+    try:
+
+        async def answers() -> bool:
+            async with grpc.aio.insecure_channel(mesh.router.address) as channel:
+                try:
+                    await RouterServiceStub(channel).GetFleet(router_pb2.GetFleetRequest())
+                except grpc.aio.AioRpcError:
+                    return False
+                return True
+
+        end = time.monotonic() + 30
+        while not await answers():
+            assert time.monotonic() < end
+        for _ in range(5):
+            assert await num_workers(stub) == [2]
+            await Answer(stub, "blank " + PROMPT).equals(undisturbed)
+    finally:
+        mesh.valkey.start()
+    mesh.router.wait_ready()
 
 
 async def test_sigterm_drains_the_gateway(mesh: Mesh, stub: Any) -> None:
