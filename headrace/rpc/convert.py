@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from headrace.params import SamplingParams
+from headrace.registry import ModelCard
 from headrace.v1 import types_pb2
-
-if TYPE_CHECKING:
-    from headrace.registry import ModelCard
 
 _DEFAULTS = SamplingParams()
 
@@ -52,6 +48,19 @@ def model_card_to_proto(card: ModelCard) -> types_pb2.ModelCard:
         block_size=card.block_size,
         modalities=card.modalities,
         created=card.created,
+    )
+
+
+def model_card_from_proto(proto: types_pb2.ModelCard) -> ModelCard:
+    """The inverse."""
+    return ModelCard(
+        name=proto.name,
+        revision=proto.revision,
+        tokenizer_digest=proto.tokenizer_digest,
+        context_len=proto.context_len,
+        block_size=proto.block_size,
+        modalities=tuple(proto.modalities),
+        created=proto.created,
     )
 
 

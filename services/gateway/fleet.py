@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from headrace.registry import ModelCard
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
@@ -19,19 +21,6 @@ class Worker:
     worker_id: str
     generation: int
     address: str
-
-
-@dataclass(frozen=True, slots=True)
-class ModelCard:
-    """What the workers of one model agree on; lengths in tokens."""
-
-    name: str
-    revision: str
-    tokenizer_digest: str
-    context_len: int
-    block_size: int
-    modalities: tuple[str, ...]
-    created: int
 
 
 @dataclass(frozen=True, slots=True)

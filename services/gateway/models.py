@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from headrace.blocks import namespace_key
 from headrace.errors import HeadraceError, NotFound, Unavailable
+from headrace.registry import ModelCard
 from services.gateway.detokenizer import DetokenizerTable
-from services.gateway.fleet import ModelCard
 from services.gateway.generation import ServedModel
 
 if TYPE_CHECKING:

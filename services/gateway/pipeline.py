@@ -20,6 +20,7 @@ from headrace.errors import HeadraceError, ResourceExhausted, Unavailable
 from headrace.service import cancel_and_wait
 from services.gateway.leg import Leg
 from services.gateway.migration import Migration
+from services.gateway.modalities import check_modality
 from services.gateway.models import ModelTable
 from services.gateway.peers import RouteQuery, RouterPeer, TokenizerPeer
 from services.gateway.running import RunningRequest
@@ -158,6 +159,7 @@ class GatewayPipeline:
     async def _begin(self, running: RunningRequest) -> None:
         request = running.request
         model = running.model = self._models.find(request.model)
+        check_modality(model.card, "text")
         if request.token_ids is not None:
             check_prompt_len(len(request.token_ids), model.card.context_len)
             check_token_ids(request.token_ids, model.table.vocab_size)

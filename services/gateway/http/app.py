@@ -23,6 +23,7 @@ from services.gateway.http.errors import (
 from services.gateway.http.handlers import REQUEST_ID, Handlers
 from services.gateway.http.sse import DEFAULT_MAX_BUFFER_LEN
 from services.gateway.ids import new_request_id
+from services.gateway.modalities import MODALITIES, routes
 
 if TYPE_CHECKING:
     from aiohttp.typedefs import Handler
@@ -46,10 +47,8 @@ def create_app(
     )
     app = web.Application(middlewares=[answer_errors])
     router = app.router
-    router.add_post(
-        "/v1/chat/completions", handlers.chat_completions, expect_handler=handlers.expect
-    )
-    router.add_post("/v1/completions", handlers.completions, expect_handler=handlers.expect)
+    for modality in MODALITIES:
+        app.add_routes(routes(modality, handlers))
     router.add_get("/v1/models", handlers.models)
     # Names may hold slashes: org/model.
     router.add_get("/v1/models/{id:.+}", handlers.model)

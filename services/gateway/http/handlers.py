@@ -216,3 +216,12 @@ def _head(api: Api, parsed: ParsedRequest) -> ResponseHead:
         int(time.time()),
         generation.model,
     )
+
+
+def text_routes(handlers: Handlers) -> list[web.RouteDef]:
+    """The routes of the modality "text"."""
+    expect = handlers.expect
+    return [
+        web.post("/v1/chat/completions", handlers.chat_completions, expect_handler=expect),
+        web.post("/v1/completions", handlers.completions, expect_handler=expect),
+    ]

@@ -17,12 +17,14 @@ import grpc
 
 from headrace.blocks import TOKEN_LEN, block_ids
 from headrace.errors import DeadlineExceeded, Internal, Unavailable
+from headrace.registry import ModelCard
 from headrace.rpc.calls import CallClient, ClientCodec
+from headrace.rpc.convert import model_card_from_proto
 from headrace.rpc.options import CHANNEL
 from headrace.v1 import router_pb2 as pb
 from headrace.v1.router_pb2_grpc import RouterServiceStub
 from headrace.v1.types_pb2 import WorkerRef
-from services.gateway.fleet import FleetModel, ModelCard, Plan, Worker, least_loaded
+from services.gateway.fleet import FleetModel, Plan, Worker, least_loaded
 from services.gateway.peers.reservations import Reservation, ReservationBook
 
 if TYPE_CHECKING:
@@ -254,15 +256,7 @@ def _ref(worker: Worker) -> types_pb2.WorkerRef:
 def _fleet(fleet: pb.Fleet) -> tuple[FleetModel, ...]:
     return tuple(
         FleetModel(
-            ModelCard(
-                name=entry.card.name,
-                revision=entry.card.revision,
-                tokenizer_digest=entry.card.tokenizer_digest,
-                context_len=entry.card.context_len,
-                block_size=entry.card.block_size,
-                modalities=tuple(entry.card.modalities),
-                created=entry.card.created,
-            ),
+            model_card_from_proto(entry.card),
             tuple(_worker(ref) for ref in entry.workers),
         )
         for entry in fleet.models

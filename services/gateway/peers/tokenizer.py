@@ -23,8 +23,8 @@ from services.gateway.detokenizer import DetokenizerTable
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from headrace.registry import ModelCard
     from headrace.v1 import types_pb2
-    from services.gateway.fleet import ModelCard
     from services.gateway.generation import GenerationRequest
 
 _UNARY_TIMEOUT_S = 10.0
