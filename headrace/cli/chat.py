@@ -25,7 +25,14 @@ _TIMEOUT_S = 5.0
 @click.argument("prompt", required=False)
 @click.option("--model", metavar="NAME", help="Which model. [the one that is served]")
 @click.option("--max-tokens", type=int, metavar="N", help="Tokens at most. [what fits]")
-@click.option("--temperature", type=float, metavar="T", help="0 is greedy, at most 2. [1]")
+@click.option(
+    "--temperature",
+    type=float,
+    metavar="T",
+    default=0.2,
+    show_default=True,
+    help="0 is greedy, at most 2. Small models make little sense at 1.",
+)
 @click.option("--system", metavar="TEXT", help="A system message before the prompt.")
 @click.option("--address", metavar="HOST:PORT", help="A gateway. [that of this machine's mesh]")
 @state_dir_option
@@ -35,7 +42,7 @@ def chat(
     prompt: str | None,
     model: str | None,
     max_tokens: int | None,
-    temperature: float | None,
+    temperature: float,
     system: str | None,
     address: str | None,
     state: StateDir,
@@ -71,8 +78,7 @@ def chat(
             if max_tokens is not None:
                 # Refused by the gateway, which names the limit, as far as the wire can carry it.
                 request.sampling.max_tokens = max(0, max_tokens)
-            if temperature is not None:
-                request.sampling.temperature = temperature
+            request.sampling.temperature = temperature
             _print_answer(stub.Generate(request))
         except grpc.RpcError as error:
             raise StartupError(_explain(error, target)) from error

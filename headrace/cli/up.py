@@ -181,11 +181,17 @@ def greeting(mesh: MeshState, state: StateDir, stop: str) -> str:
 
     http, grpc = local_address(mesh.http), local_address(mesh.grpc)
     message = {"role": "user", "content": "Why is the sky blue?"}
-    over_http = {"model": mesh.model, "messages": [message], "max_tokens": 64, "stream": True}
+    over_http = {
+        "model": mesh.model,
+        "messages": [message],
+        "max_tokens": 64,
+        "temperature": 0.2,
+        "stream": True,
+    }
     over_grpc = {
         "model": mesh.model,
         "chat": {"messages": [message]},
-        "sampling": {"maxTokens": 64},
+        "sampling": {"maxTokens": 64, "temperature": 0.2},
     }
     curl = ["curl", "-sN", f"http://{http}/v1/chat/completions"]
     curl += ["-H", "content-type: application/json", "-d", json.dumps(over_http)]
