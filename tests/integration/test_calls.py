@@ -18,33 +18,13 @@ from headrace.errors import (
     Unavailable,
 )
 from headrace.rpc import options
-from headrace.rpc.calls import CallClient, CallServer, ClientCodec, ServerCodec
+from headrace.rpc.calls import CallClient, CallServer, ServerCodec
 from headrace.rpc.server import Server
 from headrace.v1 import tokenizer_pb2 as pb
 from headrace.v1 import tokenizer_pb2_grpc, types_pb2
+from tests.integration.tokenizer_parts import Codec
 
 Dispatch = Callable[[pb.TokenizeCall], Any]
-
-
-class EchoClientCodec(
-    ClientCodec[pb.TokenizeRequest, pb.TokenizeResponse, pb.TokenizeCall, pb.TokenizeResult]
-):
-    def open(self) -> pb.TokenizeRequest | None:
-        return None
-
-    def has_more(self) -> bool:
-        return False
-
-    def request(
-        self, calls: list[pb.TokenizeCall], chunks: list[types_pb2.Chunk], cancels: list[int]
-    ) -> pb.TokenizeRequest:
-        return pb.TokenizeRequest(calls=calls, chunks=chunks, cancels=cancels)
-
-    def results(self, response: pb.TokenizeResponse) -> Any:
-        return response.results, response.chunks
-
-    def parse_result(self, data: bytes) -> pb.TokenizeResult:
-        return pb.TokenizeResult.FromString(data)
 
 
 class EchoServerCodec(
@@ -93,9 +73,7 @@ async def serving(dispatch: Dispatch, listen: str = "127.0.0.1:0") -> AsyncItera
 async def client_of(port: int, **limits: int) -> AsyncIterator[CallClient[Any, Any, Any, Any]]:
     channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options.CHANNEL)
     stub: Any = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
-    client: CallClient[Any, Any, Any, Any] = CallClient(
-        "echo", stub.Tokenize, EchoClientCodec(), **limits
-    )
+    client: CallClient[Any, Any, Any, Any] = CallClient("echo", stub.Tokenize, Codec(), **limits)
     client.start()
     try:
         yield client

@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
+import safetensors.torch
 import torch
 
 from headrace.errors import StartupError
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 
 def test_reads_what_the_library_writes(tmp_path: Path) -> None:
-    library = pytest.importorskip("safetensors.torch")
     tensors = {
         "a": torch.randn(3, 5),
         "b": torch.randn(7).bfloat16(),
@@ -30,7 +30,7 @@ def test_reads_what_the_library_writes(tmp_path: Path) -> None:
         "scalar": torch.tensor(3.5),
         "bytes": torch.arange(5, dtype=torch.int8),
     }
-    library.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
 
     file = SafetensorsFile(tmp_path / "model.safetensors")
 
