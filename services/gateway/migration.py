@@ -52,7 +52,6 @@ class Migration:
         max_attempts: int,
         wait_s: float,
     ) -> None:
-        self.num_moves = 0
         self._router = router
         self._query = query
         self._submit = submit
@@ -81,7 +80,6 @@ class Migration:
             log.warning("%s failed on %d workers: %s", name, sequence.attempts, error.message)
             request.fail(Unavailable(error.message, retry_after_ms=1000))
         else:
-            self.num_moves += 1
             request.spawn(self._relocate(request, sequence))
 
     async def _relocate(self, request: RunningRequest, sequence: Sequence) -> None:

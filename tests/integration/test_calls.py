@@ -100,6 +100,21 @@ def slowly(call: pb.TokenizeCall) -> Awaitable[pb.TokenizeResult]:
     return answer()
 
 
+def hanging() -> tuple[asyncio.Event, asyncio.Event, Dispatch]:
+    """A dispatch that never answers; set when a call runs, and when one was stopped."""
+    running, stopped = asyncio.Event(), asyncio.Event()
+
+    async def hang(call: pb.TokenizeCall) -> pb.TokenizeResult:
+        running.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            stopped.set()
+        return reply(call)
+
+    return running, stopped, hang
+
+
 @pytest.mark.parametrize("dispatch", [reply, slowly])
 async def test_answers_find_their_calls_whatever_their_length(dispatch: Dispatch) -> None:
     texts = [f"{i}-" * (1 + (i % 5) * 9000) for i in range(40)]
@@ -128,16 +143,7 @@ async def test_errors_belong_to_their_call_and_hide_what_is_internal() -> None:
 
 
 async def test_a_cancelled_call_is_cancelled_at_the_server() -> None:
-    running, stopped = asyncio.Event(), asyncio.Event()
-
-    async def hang(call: pb.TokenizeCall) -> pb.TokenizeResult:
-        running.set()
-        try:
-            await asyncio.Event().wait()
-        finally:
-            stopped.set()
-        return reply(call)
-
+    running, stopped, hang = hanging()
     async with serving(hang) as port, client_of(port) as client:
         task = asyncio.create_task(ask(client, "x"))
         await running.wait()
@@ -149,16 +155,7 @@ async def test_a_cancelled_call_is_cancelled_at_the_server() -> None:
 
 
 async def test_a_client_that_leaves_takes_its_calls_along() -> None:
-    running, stopped = asyncio.Event(), asyncio.Event()
-
-    async def hang(call: pb.TokenizeCall) -> pb.TokenizeResult:
-        running.set()
-        try:
-            await asyncio.Event().wait()
-        finally:
-            stopped.set()
-        return reply(call)
-
+    running, stopped, hang = hanging()
     async with serving(hang) as port:
         async with client_of(port) as client:
             task = asyncio.create_task(ask(client, "x"))

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -24,21 +24,6 @@ from tests.integration.router_parts import (
     Valkey,
     until,
 )
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Valkey]:
-    valkey = Valkey()
-    yield valkey
-    valkey.stop()
-
-
-@pytest.fixture
-async def valkey(server: Valkey) -> Valkey:
-    client = registry.connect(server.url)
-    await client.flushall()
-    await client.aclose()
-    return server
 
 
 @pytest.fixture

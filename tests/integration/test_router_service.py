@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from headrace import blocks, registry
+from headrace import blocks
 from headrace.v1 import router_pb2, types_pb2
 from services.router.app import App
 from services.router.config import Config
@@ -30,21 +30,6 @@ from tests.integration.router_parts import (
 )
 
 Update = router_pb2.ReservationUpdate
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Valkey]:
-    valkey = Valkey()
-    yield valkey
-    valkey.stop()
-
-
-@pytest.fixture
-async def valkey(server: Valkey) -> Valkey:
-    client = registry.connect(server.url)
-    await client.flushall()
-    await client.aclose()
-    return server
 
 
 @pytest.fixture

@@ -1,0 +1,27 @@
+"""What several integration tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from headrace import registry
+from tests.integration.router_parts import Valkey
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Valkey]:
+    """One server for a module's tests."""
+    valkey = Valkey()
+    yield valkey
+    valkey.stop()
+
+
+@pytest.fixture
+async def valkey(server: Valkey) -> Valkey:
+    """The module's server, emptied."""
+    client = registry.connect(server.url)
+    await client.flushall()
+    await client.aclose()
+    return server
