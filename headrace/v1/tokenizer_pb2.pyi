@@ -62,6 +62,7 @@ class TokenizeCall(_message.Message):
     ENCODE_FIELD_NUMBER: _builtins.int
     DECODE_FIELD_NUMBER: _builtins.int
     RENDER_CHAT_FIELD_NUMBER: _builtins.int
+    ENCODE_BATCH_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """Chosen by the client, never used twice on a stream."""
     traceparent: _builtins.str
@@ -74,6 +75,8 @@ class TokenizeCall(_message.Message):
     def decode(self) -> Global___DecodeRequest: ...
     @_builtins.property
     def render_chat(self) -> Global___RenderChatRequest: ...
+    @_builtins.property
+    def encode_batch(self) -> Global___EncodeBatchRequest: ...
     def __init__(
         self,
         *,
@@ -83,12 +86,13 @@ class TokenizeCall(_message.Message):
         encode: Global___EncodeRequest | None = ...,
         decode: Global___DecodeRequest | None = ...,
         render_chat: Global___RenderChatRequest | None = ...,
+        encode_batch: Global___EncodeBatchRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "encode", b"encode", "render_chat", b"render_chat", "work", b"work"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "encode", b"encode", "encode_batch", b"encode_batch", "render_chat", b"render_chat", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "encode", b"encode", "id", b"id", "render_chat", b"render_chat", "timeout_ms", b"timeout_ms", "traceparent", b"traceparent", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "encode", b"encode", "encode_batch", b"encode_batch", "id", b"id", "render_chat", b"render_chat", "timeout_ms", b"timeout_ms", "traceparent", b"traceparent", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_work: _TypeAlias = _typing.Literal["encode", "decode", "render_chat"]  # noqa: Y015
+    _WhichOneofReturnType_work: _TypeAlias = _typing.Literal["encode", "decode", "render_chat", "encode_batch"]  # noqa: Y015
     _WhichOneofArgType_work: _TypeAlias = _typing.Literal["work", b"work"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_work) -> _WhichOneofReturnType_work | None: ...
 
@@ -129,6 +133,7 @@ class TokenizeResult(_message.Message):
     ENCODE_FIELD_NUMBER: _builtins.int
     DECODE_FIELD_NUMBER: _builtins.int
     RENDER_CHAT_FIELD_NUMBER: _builtins.int
+    ENCODE_BATCH_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     @_builtins.property
     def error(self) -> _types_pb2.Error: ...
@@ -138,6 +143,8 @@ class TokenizeResult(_message.Message):
     def decode(self) -> Global___DecodeResponse: ...
     @_builtins.property
     def render_chat(self) -> Global___RenderChatResponse: ...
+    @_builtins.property
+    def encode_batch(self) -> Global___EncodeBatchResponse: ...
     def __init__(
         self,
         *,
@@ -146,12 +153,13 @@ class TokenizeResult(_message.Message):
         encode: Global___EncodeResponse | None = ...,
         decode: Global___DecodeResponse | None = ...,
         render_chat: Global___RenderChatResponse | None = ...,
+        encode_batch: Global___EncodeBatchResponse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "encode", b"encode", "error", b"error", "outcome", b"outcome", "render_chat", b"render_chat"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "encode", b"encode", "encode_batch", b"encode_batch", "error", b"error", "outcome", b"outcome", "render_chat", b"render_chat"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "encode", b"encode", "error", b"error", "id", b"id", "outcome", b"outcome", "render_chat", b"render_chat"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "encode", b"encode", "encode_batch", b"encode_batch", "error", b"error", "id", b"id", "outcome", b"outcome", "render_chat", b"render_chat"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["error", "encode", "decode", "render_chat"]  # noqa: Y015
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["error", "encode", "decode", "render_chat", "encode_batch"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
 
@@ -165,14 +173,21 @@ class EncodeRequest(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TEXT_UTF8_FIELD_NUMBER: _builtins.int
     NAMESPACE_KEY_FIELD_NUMBER: _builtins.int
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     SKIP_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    TRUNCATE_FIELD_NUMBER: _builtins.int
+    WITH_OFFSETS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     text: _builtins.str
     token_ids: _builtins.bytes
     """Ready-made token ids (uint32, little-endian): only block ids are computed."""
+    text_utf8: _builtins.bytes
+    """UTF-8 that nobody checked yet: text that is none is refused, and its
+    stream goes on.
+    """
     namespace_key: _builtins.bytes
     """16 bytes, see headrace.blocks.namespace_key; empty: no block ids wanted."""
     block_size: _builtins.int
@@ -182,6 +197,12 @@ class EncodeRequest(_message.Message):
     """Leave out the special tokens that the model puts around plain text. Chat
     input never gets them: its template writes them.
     """
+    truncate: _builtins.bool
+    """Cut to max_tokens (or the service's own limit), at the side that the model's
+    files state, instead of refusing; special tokens around the text are kept.
+    """
+    with_offsets: _builtins.bool
+    """Return where in the text each token comes from."""
     @_builtins.property
     def chat(self) -> Global___ChatTemplateInput: ...
     def __init__(
@@ -191,20 +212,87 @@ class EncodeRequest(_message.Message):
         text: _builtins.str = ...,
         chat: Global___ChatTemplateInput | None = ...,
         token_ids: _builtins.bytes = ...,
+        text_utf8: _builtins.bytes = ...,
         namespace_key: _builtins.bytes = ...,
         block_size: _builtins.int = ...,
         max_tokens: _builtins.int = ...,
         skip_special_tokens: _builtins.bool = ...,
+        truncate: _builtins.bool = ...,
+        with_offsets: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "text", b"text", "text_utf8", b"text_utf8", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "chat", b"chat", "input", b"input", "max_tokens", b"max_tokens", "model", b"model", "namespace_key", b"namespace_key", "skip_special_tokens", b"skip_special_tokens", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "chat", b"chat", "input", b"input", "max_tokens", b"max_tokens", "model", b"model", "namespace_key", b"namespace_key", "skip_special_tokens", b"skip_special_tokens", "text", b"text", "text_utf8", b"text_utf8", "token_ids", b"token_ids", "truncate", b"truncate", "with_offsets", b"with_offsets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["text", "chat", "token_ids"]  # noqa: Y015
+    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["text", "chat", "token_ids", "text_utf8"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
 Global___EncodeRequest: _TypeAlias = EncodeRequest  # noqa: Y015
+
+@_typing.final
+class EncodeBatchRequest(_message.Message):
+    """Many plain texts, one answer; they may be worked on by several processes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    TEXTS_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    SKIP_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    TRUNCATE_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    max_tokens: _builtins.int
+    """As in EncodeRequest, for each text."""
+    skip_special_tokens: _builtins.bool
+    truncate: _builtins.bool
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Each UTF-8."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        texts: _abc.Iterable[_builtins.bytes] | None = ...,
+        max_tokens: _builtins.int = ...,
+        skip_special_tokens: _builtins.bool = ...,
+        truncate: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_tokens", b"max_tokens", "model", b"model", "skip_special_tokens", b"skip_special_tokens", "texts", b"texts", "truncate", b"truncate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EncodeBatchRequest: _TypeAlias = EncodeBatchRequest  # noqa: Y015
+
+@_typing.final
+class EncodeBatchResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    TOKENIZER_DIGEST_FIELD_NUMBER: _builtins.int
+    token_ids: _builtins.bytes
+    """All texts' ids one after the other: uint32, little-endian."""
+    counts: _builtins.bytes
+    """The number of ids of each text, in order: uint32, little-endian."""
+    tokenizer_digest: _builtins.str
+    def __init__(
+        self,
+        *,
+        token_ids: _builtins.bytes = ...,
+        counts: _builtins.bytes = ...,
+        tokenizer_digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "token_ids", b"token_ids", "tokenizer_digest", b"tokenizer_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EncodeBatchResponse: _TypeAlias = EncodeBatchResponse  # noqa: Y015
 
 @_typing.final
 class ChatTemplateInput(_message.Message):
@@ -212,7 +300,13 @@ class ChatTemplateInput(_message.Message):
 
     MESSAGES_FIELD_NUMBER: _builtins.int
     ADD_GENERATION_PROMPT_FIELD_NUMBER: _builtins.int
+    TOOLS_JSON_FIELD_NUMBER: _builtins.int
+    TEMPLATE_ARGS_JSON_FIELD_NUMBER: _builtins.int
     add_generation_prompt: _builtins.bool
+    tools_json: _builtins.bytes
+    """JSON array of tool definitions, as the template's `tools`; empty: none."""
+    template_args_json: _builtins.bytes
+    """JSON object of further template variables (enable_thinking, documents, …)."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatTemplateMessage]: ...
     def __init__(
@@ -220,10 +314,12 @@ class ChatTemplateInput(_message.Message):
         *,
         messages: _abc.Iterable[Global___ChatTemplateMessage] | None = ...,
         add_generation_prompt: _builtins.bool = ...,
+        tools_json: _builtins.bytes = ...,
+        template_args_json: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_generation_prompt", b"add_generation_prompt", "messages", b"messages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_generation_prompt", b"add_generation_prompt", "messages", b"messages", "template_args_json", b"template_args_json", "tools_json", b"tools_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -235,17 +331,23 @@ class ChatTemplateMessage(_message.Message):
 
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
+    MESSAGE_JSON_FIELD_NUMBER: _builtins.int
     role: _builtins.str
     content: _builtins.str
+    message_json: _builtins.bytes
+    """The whole message as a JSON object, for one with more than role and content
+    (tool calls, a name, content in parts); role and content are empty then.
+    """
     def __init__(
         self,
         *,
         role: _builtins.str = ...,
         content: _builtins.str = ...,
+        message_json: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "message_json", b"message_json", "role", b"role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -258,21 +360,28 @@ class EncodeResponse(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     BLOCK_IDS_FIELD_NUMBER: _builtins.int
     TOKENIZER_DIGEST_FIELD_NUMBER: _builtins.int
+    OFFSETS_FIELD_NUMBER: _builtins.int
     token_ids: _builtins.bytes
     """uint32, little-endian."""
     block_ids: _builtins.bytes
     """16 bytes for each full block."""
     tokenizer_digest: _builtins.str
+    offsets: _builtins.bytes
+    """With with_offsets: for each token the start and end of what it comes from,
+    in characters (Unicode code points) of the text or of the rendered chat;
+    pairs of uint32, little-endian. Both are equal for a token of no text.
+    """
     def __init__(
         self,
         *,
         token_ids: _builtins.bytes = ...,
         block_ids: _builtins.bytes = ...,
         tokenizer_digest: _builtins.str = ...,
+        offsets: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "token_ids", b"token_ids", "tokenizer_digest", b"tokenizer_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "offsets", b"offsets", "token_ids", b"token_ids", "tokenizer_digest", b"tokenizer_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -420,12 +529,20 @@ class DetokenizerTable(_message.Message):
         """A token is bytes; text is their concatenation, decoded as UTF-8 with
         invalid sequences replaced.
         """
+        KIND_BYTE_FALLBACK: DetokenizerTable._Kind.ValueType  # 2
+        """The same, but every byte that is not part of a whole character becomes one
+        U+FFFD (SentencePiece's byte fallback).
+        """
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
     KIND_UNSPECIFIED: DetokenizerTable.Kind.ValueType  # 0
     KIND_BYTES: DetokenizerTable.Kind.ValueType  # 1
     """A token is bytes; text is their concatenation, decoded as UTF-8 with
     invalid sequences replaced.
+    """
+    KIND_BYTE_FALLBACK: DetokenizerTable.Kind.ValueType  # 2
+    """The same, but every byte that is not part of a whole character becomes one
+    U+FFFD (SentencePiece's byte fallback).
     """
 
     TOKENIZER_DIGEST_FIELD_NUMBER: _builtins.int
@@ -434,6 +551,10 @@ class DetokenizerTable(_message.Message):
     LENGTHS_FIELD_NUMBER: _builtins.int
     SPECIAL_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    STRIPS_FIRST_SPACE_FIELD_NUMBER: _builtins.int
+    FIRST_IDS_FIELD_NUMBER: _builtins.int
+    FIRST_DATA_FIELD_NUMBER: _builtins.int
+    FIRST_LENGTHS_FIELD_NUMBER: _builtins.int
     tokenizer_digest: _builtins.str
     kind: Global___DetokenizerTable.Kind.ValueType
     data: _builtins.bytes
@@ -442,6 +563,16 @@ class DetokenizerTable(_message.Message):
     """Length of each token's bytes: uint16, little-endian."""
     special: _builtins.bytes
     """1 where a token is special (not shown in generated text), else 0."""
+    strips_first_space: _builtins.bool
+    """A text's first character is left out if it is a space (SentencePiece's dummy
+    prefix).
+    """
+    first_ids: _builtins.bytes
+    """Tokens that read otherwise when nothing is shown before them (WordPiece):
+    their ids, bytes and lengths, as above. uint32 and uint16, little-endian.
+    """
+    first_data: _builtins.bytes
+    first_lengths: _builtins.bytes
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The tokens that end a generation."""
@@ -455,10 +586,14 @@ class DetokenizerTable(_message.Message):
         lengths: _builtins.bytes = ...,
         special: _builtins.bytes = ...,
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        strips_first_space: _builtins.bool = ...,
+        first_ids: _builtins.bytes = ...,
+        first_data: _builtins.bytes = ...,
+        first_lengths: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "eos_token_ids", b"eos_token_ids", "kind", b"kind", "lengths", b"lengths", "special", b"special", "tokenizer_digest", b"tokenizer_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "eos_token_ids", b"eos_token_ids", "first_data", b"first_data", "first_ids", b"first_ids", "first_lengths", b"first_lengths", "kind", b"kind", "lengths", b"lengths", "special", b"special", "strips_first_space", b"strips_first_space", "tokenizer_digest", b"tokenizer_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -507,10 +642,18 @@ class TokenizerInfo(_message.Message):
     TOKENIZER_DIGEST_FIELD_NUMBER: _builtins.int
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
+    TRUNCATION_SIDE_FIELD_NUMBER: _builtins.int
+    PADDING_SIDE_FIELD_NUMBER: _builtins.int
+    PAD_TOKEN_ID_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     tokenizer_digest: _builtins.str
     vocab_size: _builtins.int
     has_chat_template: _builtins.bool
+    truncation_side: _builtins.str
+    """As the model's files state them: "left" or "right"."""
+    padding_side: _builtins.str
+    pad_token_id: _builtins.int
+    """The token that pads; absent if there is none."""
     def __init__(
         self,
         *,
@@ -518,11 +661,16 @@ class TokenizerInfo(_message.Message):
         tokenizer_digest: _builtins.str = ...,
         vocab_size: _builtins.int = ...,
         has_chat_template: _builtins.bool = ...,
+        truncation_side: _builtins.str = ...,
+        padding_side: _builtins.str = ...,
+        pad_token_id: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_pad_token_id", b"_pad_token_id", "pad_token_id", b"pad_token_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["has_chat_template", b"has_chat_template", "model", b"model", "tokenizer_digest", b"tokenizer_digest", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pad_token_id", b"_pad_token_id", "has_chat_template", b"has_chat_template", "model", b"model", "pad_token_id", b"pad_token_id", "padding_side", b"padding_side", "tokenizer_digest", b"tokenizer_digest", "truncation_side", b"truncation_side", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__pad_token_id: _TypeAlias = _typing.Literal["pad_token_id"]  # noqa: Y015
+    _WhichOneofArgType__pad_token_id: _TypeAlias = _typing.Literal["_pad_token_id", b"_pad_token_id"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pad_token_id) -> _WhichOneofReturnType__pad_token_id | None: ...
 
 Global___TokenizerInfo: _TypeAlias = TokenizerInfo  # noqa: Y015

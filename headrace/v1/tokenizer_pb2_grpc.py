@@ -44,6 +44,11 @@ class TokenizerServiceStub:
                 request_serializer=headrace_dot_v1_dot_tokenizer__pb2.EncodeRequest.SerializeToString,
                 response_deserializer=headrace_dot_v1_dot_tokenizer__pb2.EncodeResponse.FromString,
                 _registered_method=True)
+        self.EncodeBatch = channel.unary_unary(
+                '/headrace.v1.TokenizerService/EncodeBatch',
+                request_serializer=headrace_dot_v1_dot_tokenizer__pb2.EncodeBatchRequest.SerializeToString,
+                response_deserializer=headrace_dot_v1_dot_tokenizer__pb2.EncodeBatchResponse.FromString,
+                _registered_method=True)
         self.Decode = channel.unary_unary(
                 '/headrace.v1.TokenizerService/Decode',
                 request_serializer=headrace_dot_v1_dot_tokenizer__pb2.DecodeRequest.SerializeToString,
@@ -80,6 +85,12 @@ class TokenizerServiceServicer:
     def Encode(self, request, context):
         """Unary twins, for people, tests and L7 meshes.
         """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EncodeBatch(self, request, context):
+        """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -122,6 +133,11 @@ def add_TokenizerServiceServicer_to_server(servicer, server):
                     servicer.Encode,
                     request_deserializer=headrace_dot_v1_dot_tokenizer__pb2.EncodeRequest.FromString,
                     response_serializer=headrace_dot_v1_dot_tokenizer__pb2.EncodeResponse.SerializeToString,
+            ),
+            'EncodeBatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.EncodeBatch,
+                    request_deserializer=headrace_dot_v1_dot_tokenizer__pb2.EncodeBatchRequest.FromString,
+                    response_serializer=headrace_dot_v1_dot_tokenizer__pb2.EncodeBatchResponse.SerializeToString,
             ),
             'Decode': grpc.unary_unary_rpc_method_handler(
                     servicer.Decode,
@@ -198,6 +214,33 @@ class TokenizerService:
             '/headrace.v1.TokenizerService/Encode',
             headrace_dot_v1_dot_tokenizer__pb2.EncodeRequest.SerializeToString,
             headrace_dot_v1_dot_tokenizer__pb2.EncodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EncodeBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headrace.v1.TokenizerService/EncodeBatch',
+            headrace_dot_v1_dot_tokenizer__pb2.EncodeBatchRequest.SerializeToString,
+            headrace_dot_v1_dot_tokenizer__pb2.EncodeBatchResponse.FromString,
             options,
             channel_credentials,
             insecure,

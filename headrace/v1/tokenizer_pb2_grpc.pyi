@@ -37,6 +37,7 @@ class TokenizerServiceStub:
     """
     Encode: _grpc.UnaryUnaryMultiCallable[_tokenizer_pb2.EncodeRequest, _tokenizer_pb2.EncodeResponse]
     """Unary twins, for people, tests and L7 meshes."""
+    EncodeBatch: _grpc.UnaryUnaryMultiCallable[_tokenizer_pb2.EncodeBatchRequest, _tokenizer_pb2.EncodeBatchResponse]
     Decode: _grpc.UnaryUnaryMultiCallable[_tokenizer_pb2.DecodeRequest, _tokenizer_pb2.DecodeResponse]
     RenderChat: _grpc.UnaryUnaryMultiCallable[_tokenizer_pb2.RenderChatRequest, _tokenizer_pb2.RenderChatResponse]
     GetDetokenizerTable: _grpc.UnaryStreamMultiCallable[_tokenizer_pb2.GetDetokenizerTableRequest, _tokenizer_pb2.GetDetokenizerTableResponse]
@@ -54,6 +55,7 @@ class TokenizerServiceAsyncStub(TokenizerServiceStub):
     """
     Encode: _aio.UnaryUnaryMultiCallable[_tokenizer_pb2.EncodeRequest, _tokenizer_pb2.EncodeResponse]  # type: ignore[assignment]
     """Unary twins, for people, tests and L7 meshes."""
+    EncodeBatch: _aio.UnaryUnaryMultiCallable[_tokenizer_pb2.EncodeBatchRequest, _tokenizer_pb2.EncodeBatchResponse]  # type: ignore[assignment]
     Decode: _aio.UnaryUnaryMultiCallable[_tokenizer_pb2.DecodeRequest, _tokenizer_pb2.DecodeResponse]  # type: ignore[assignment]
     RenderChat: _aio.UnaryUnaryMultiCallable[_tokenizer_pb2.RenderChatRequest, _tokenizer_pb2.RenderChatResponse]  # type: ignore[assignment]
     GetDetokenizerTable: _aio.UnaryStreamMultiCallable[_tokenizer_pb2.GetDetokenizerTableRequest, _tokenizer_pb2.GetDetokenizerTableResponse]  # type: ignore[assignment]
@@ -80,6 +82,13 @@ class TokenizerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_tokenizer_pb2.EncodeResponse, _abc.Awaitable[_tokenizer_pb2.EncodeResponse]]:
         """Unary twins, for people, tests and L7 meshes."""
+
+    @_abc_1.abstractmethod
+    def EncodeBatch(
+        self,
+        request: _tokenizer_pb2.EncodeBatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_tokenizer_pb2.EncodeBatchResponse, _abc.Awaitable[_tokenizer_pb2.EncodeBatchResponse]]: ...
 
     @_abc_1.abstractmethod
     def Decode(
