@@ -92,7 +92,9 @@ def _gguf(path: Path) -> _Facts:
 
 
 def _huggingface(folder: Path) -> _Facts:
-    config = _json(folder / "config.json")
+    outer = _json(folder / "config.json")
+    # Of a model that takes images too, the language model.
+    config = outer | dict(outer.get("text_config") or {})
     elements: Counter[str] = Counter()
     for weights in sorted(folder.glob("*.safetensors")):
         for name, entry in _safetensors_header(weights).items():
@@ -103,7 +105,7 @@ def _huggingface(folder: Path) -> _Facts:
     if tokenizer.exists():
         kind = str(_json(tokenizer).get("model", {}).get("type", UNKNOWN))
     return _Facts(
-        str(config.get("model_type", UNKNOWN)),
+        str(outer.get("model_type", UNKNOWN)),
         int(config.get("max_position_embeddings", 0)),
         f"{kind}, {int(config.get('vocab_size', 0)):,} tokens",
         "",

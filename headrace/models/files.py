@@ -25,7 +25,14 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
     "vocab.txt",
+    "generation_config.json",
+    "tekken.json",
 )
+#: SentencePiece's files, Mistral's version behind the suffix, and tiktoken's.
+_TOKENIZER_SUFFIX = re.compile(r"\.(?:model(?:\.v\d+\w*)?|tiktoken)")
+_TEKKEN = re.compile(r"tekken\w*\.json")
+#: What has a tokenizer by itself, the first that is there.
+_WHOLE_TOKENIZERS = ("tokenizer.json", "tekken.json", "tokenizer.model")
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 _SAMPLES = 64
 _SAMPLE_LEN = 4096
@@ -63,20 +70,30 @@ class ModelFiles:
             for key in sorted(k for k in gguf.metadata if k.startswith("tokenizer.")):
                 state.update(key.encode() + b"\0" + gguf.raw_value(key))
         else:
-            for name in TOKENIZER_FILES:
-                if (self.path / name).exists():
-                    state.update(name.encode() + b"\0" + (self.path / name).read_bytes())
+            directory = self.path.parent if self.path.is_file() else self.path
+            names = [*TOKENIZER_FILES]
+            if self.path.is_file():
+                names = [self.path.name, *(n for n in names if n not in _WHOLE_TOKENIZERS)]
+            elif not any((directory / name).exists() for name in _WHOLE_TOKENIZERS):
+                names += [path.name for path in sorted(directory.iterdir()) if _is_tokenizer(path)]
+            for name in dict.fromkeys(names):
+                if (directory / name).exists():
+                    state.update(name.encode() + b"\0" + (directory / name).read_bytes())
         return state.hexdigest()
 
     def _content_files(self) -> list[Path]:
         if self.format == "gguf":
             return [self.path]
+        if self.path.is_file() or not (self.path / "config.json").exists():
+            return [tokenizer_file(self.path)]
         return [self.path / "config.json", *sorted(self.path.glob("*.safetensors"))]
 
 
 def from_path(path: Path, name: str | None = None) -> ModelFiles:
     """The model at `path`. Raises StartupError if there is none."""
     if path.is_file():
+        if _is_tokenizer(path):
+            return ModelFiles(check_model_name(name or _name_of(path.stem)), "huggingface", path)
         if path.suffix != ".gguf":
             raise StartupError(f"{path} is not a .gguf file or a model directory")
         return ModelFiles(check_model_name(name or _name_of(path.stem)), "gguf", path)
@@ -88,9 +105,42 @@ def from_path(path: Path, name: str | None = None) -> ModelFiles:
     found = sorted(path.glob("*.gguf"))
     if len(found) == 1:
         return ModelFiles(name, "gguf", found[0])
+    if not found and any(map(_is_tokenizer, path.iterdir())):
+        return ModelFiles(name, "huggingface", path)
     raise StartupError(
         f"{path} holds no config.json and {len(found)} .gguf files; name the file to serve"
     )
+
+
+def tokenizer_file(path: Path) -> Path:
+    """The file that has the tokenizer: `path`, or the one in that directory.
+
+    Raises StartupError if there is none, or several of which none is the usual one.
+    """
+    if path.is_file():
+        return path
+    for name in _WHOLE_TOKENIZERS:
+        if (path / name).exists():
+            return path / name
+    found = [file for file in sorted(path.iterdir()) if _is_tokenizer(file)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(file.name for file in found)
+        raise StartupError(f"{path} holds several tokenizers ({names}); name the file to serve")
+    raise StartupError(f"there is no tokenizer file {path / 'tokenizer.json'}")
+
+
+def _is_tokenizer(path: Path) -> bool:
+    return (
+        path.name == "tokenizer.json"
+        or _TEKKEN.fullmatch(path.name) is not None
+        or any(_TOKENIZER_SUFFIX.fullmatch(path.name, at) for at in _dots(path.name))
+    )
+
+
+def _dots(name: str) -> list[int]:
+    return [at for at, char in enumerate(name) if char == "."]
 
 
 def is_model_name(text: str) -> bool:

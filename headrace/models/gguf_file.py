@@ -81,6 +81,15 @@ class GgufFile:
         entry = self.tensors[name]
         return memoryview(self._map)[entry.offset : entry.offset + entry.length]
 
+    def forget(self, name: str) -> None:
+        """Let the system drop a tensor's pages; they are read again when looked at."""
+        entry = self.tensors[name]
+        # Pages are shared with neighbours at both ends: those stay.
+        start = -(-entry.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (entry.offset + entry.length) // mmap.PAGESIZE * mmap.PAGESIZE - start
+        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, start, length)
+
     def raw_value(self, key: str) -> bytes:
         """A metadata value's bytes as stored."""
         start, end = self.extents[key]

@@ -19,8 +19,15 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from headrace.errors import DeadlineExceeded, HeadraceError, ResourceExhausted, Unavailable
+from headrace.errors import (
+    DeadlineExceeded,
+    HeadraceError,
+    InvalidArgument,
+    ResourceExhausted,
+    Unavailable,
+)
 from headrace.rpc.errors import from_exception, from_proto, to_proto
 from headrace.rpc.frames import Assembler, Outbox
 from headrace.service import cancel_and_wait
@@ -77,6 +84,7 @@ class CallClient(Generic[Request, Response, Call, Result]):
 
     `Call` and `Result` messages have an `id` field; a result's `error` field, if
     set, is raised from `call`.
+    `on_lost` is called when a stream that stood has broken.
     """
 
     def __init__(
@@ -86,12 +94,14 @@ class CallClient(Generic[Request, Response, Call, Result]):
         codec: ClientCodec[Request, Response, Call, Result],
         *,
         max_calls: int = 8192,
+        on_lost: Callable[[], None] | None = None,
     ) -> None:
         self.peer = peer
         self.connected = False
         self._open_stream = open_stream
         self._codec = codec
         self._max_calls = max_calls
+        self._on_lost = on_lost
         self._last_id = 0
         self._outbox: Outbox[Call] = Outbox(MAX_WAITING_LEN)
         self._cancels: list[int] = []
@@ -149,6 +159,11 @@ class CallClient(Generic[Request, Response, Call, Result]):
             self._waiting.pop(call_id, None)
         return result
 
+    def give_up(self) -> None:
+        """Let every call in flight fail with Unavailable now, instead of sending it again."""
+        for call_id in list(self._waiting):
+            self._fail(call_id, Unavailable(f"{self.peer} was lost", retry_after_ms=500))
+
     def _time_out(self, call_id: int, timeout_s: float) -> None:
         error: HeadraceError = (
             DeadlineExceeded(f"{self.peer} did not answer within {timeout_s:.1f} s")
@@ -199,7 +214,9 @@ class CallClient(Generic[Request, Response, Call, Result]):
                     return
                 self._receive(cast("Response", response))
         finally:
-            self.connected = False
+            was_connected, self.connected = self.connected, False
+            if was_connected and self._on_lost is not None:
+                self._on_lost()
             await cancel_and_wait(writer)
             stream.cancel()
 
@@ -336,7 +353,7 @@ class CallServer(Generic[Request, Response, Call, Result]):
                 for chunk in chunks:
                     data = self._assembler.add(chunk)
                     if data is not None:
-                        self._start(self._codec.parse_call(data))
+                        self._start_parsed(chunk.id, data)
                 for call_id in cancels:
                     self._assembler.discard(call_id)
                     if call_id in self._tasks:
@@ -346,6 +363,16 @@ class CallServer(Generic[Request, Response, Call, Result]):
             self._over = error
         finally:
             self._wake.set()
+
+    def _start_parsed(self, call_id: int, data: bytes) -> None:
+        try:
+            call = self._codec.parse_call(data)
+        except DecodeError as error:
+            # Its own fault alone: the stream and what else runs on it go on.
+            failure = InvalidArgument(f"the call is malformed: {error}")
+            self._reply(call_id, self._failure(call_id, failure))
+            return
+        self._start(call)
 
     def _start(self, call: Call) -> None:
         call_id: int = cast("Any", call).id

@@ -10,7 +10,7 @@ _DEFAULTS = SamplingParams()
 
 
 def sampling_to_proto(params: SamplingParams) -> types_pb2.SamplingParams:
-    """All fields that are set, defaults too."""
+    """What engines always take is set, defaults too; of the rest what is not its default."""
     return types_pb2.SamplingParams(
         temperature=params.temperature,
         top_p=params.top_p,
@@ -20,6 +20,15 @@ def sampling_to_proto(params: SamplingParams) -> types_pb2.SamplingParams:
         max_tokens=params.max_tokens,
         stop_token_ids=params.stop_token_ids,
         ignore_eos=params.ignore_eos,
+        repetition_penalty=_unless_default(params, "repetition_penalty"),
+        presence_penalty=_unless_default(params, "presence_penalty"),
+        frequency_penalty=_unless_default(params, "frequency_penalty"),
+        logit_bias=dict(params.logit_bias),
+        min_tokens=params.min_tokens or None,
+        stop_token_sequences=_sequences_to_proto(params.stop_token_sequences),
+        bad_token_sequences=_sequences_to_proto(params.bad_token_sequences),
+        logprobs=params.logprobs,
+        prompt_logprobs=params.prompt_logprobs,
     )
 
 
@@ -35,7 +44,34 @@ def sampling_from_proto(proto: types_pb2.SamplingParams) -> SamplingParams:
         max_tokens=proto.max_tokens if has("max_tokens") else None,
         stop_token_ids=tuple(proto.stop_token_ids),
         ignore_eos=proto.ignore_eos,
+        repetition_penalty=_decimal(proto.repetition_penalty)
+        if has("repetition_penalty")
+        else _DEFAULTS.repetition_penalty,
+        presence_penalty=_decimal(proto.presence_penalty)
+        if has("presence_penalty")
+        else _DEFAULTS.presence_penalty,
+        frequency_penalty=_decimal(proto.frequency_penalty)
+        if has("frequency_penalty")
+        else _DEFAULTS.frequency_penalty,
+        # Sorted: a map's order is the sender's accident.
+        logit_bias=tuple(
+            (token, _decimal(proto.logit_bias[token])) for token in sorted(proto.logit_bias)
+        ),
+        min_tokens=proto.min_tokens,
+        stop_token_sequences=tuple(tuple(item.ids) for item in proto.stop_token_sequences),
+        bad_token_sequences=tuple(tuple(item.ids) for item in proto.bad_token_sequences),
+        logprobs=proto.logprobs if has("logprobs") else None,
+        prompt_logprobs=proto.prompt_logprobs if has("prompt_logprobs") else None,
     )
+
+
+def _unless_default(params: SamplingParams, name: str) -> float | None:
+    value: float = getattr(params, name)
+    return None if value == getattr(_DEFAULTS, name) else value
+
+
+def _sequences_to_proto(sequences: tuple[tuple[int, ...], ...]) -> list[types_pb2.TokenSequence]:
+    return [types_pb2.TokenSequence(ids=ids) for ids in sequences]
 
 
 def model_card_to_proto(card: ModelCard) -> types_pb2.ModelCard:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from headrace.v1 import types_pb2 as headrace_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bheadrace/v1/inference.proto\x12\x0bheadrace.v1\x1a\x17headrace/v1/types.proto\"\xdd\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x11.headrace.v1.ChatH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.headrace.v1.TokenIdsH\x00\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.headrace.v1.SamplingParams\x12\x0e\n\x01n\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\tB\x07\n\x05inputB\x04\n\x02_n\".\n\x04\x43hat\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.headrace.v1.Message\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xab\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.headrace.v1.FinishReason\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.headrace.v1.Usage\"\x13\n\x11ListModelsRequest\"<\n\x12ListModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.headrace.v1.ModelInfo\"F\n\tModelInfo\x12$\n\x04\x63\x61rd\x18\x01 \x01(\x0b\x32\x16.headrace.v1.ModelCard\x12\x13\n\x0bnum_workers\x18\x02 \x01(\r2\xac\x01\n\x10InferenceService\x12I\n\x08Generate\x12\x1c.headrace.v1.GenerateRequest\x1a\x1d.headrace.v1.GenerateResponse0\x01\x12M\n\nListModels\x12\x1e.headrace.v1.ListModelsRequest\x1a\x1f.headrace.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bheadrace/v1/inference.proto\x12\x0bheadrace.v1\x1a\x17headrace/v1/types.proto\"\xdd\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x11.headrace.v1.ChatH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.headrace.v1.TokenIdsH\x00\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.headrace.v1.SamplingParams\x12\x0e\n\x01n\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\tB\x07\n\x05inputB\x04\n\x02_n\".\n\x04\x43hat\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.headrace.v1.Message\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x8e\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.headrace.v1.FinishReason\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.headrace.v1.Usage\x12,\n\x08logprobs\x18\x07 \x03(\x0b\x32\x1a.headrace.v1.TokenLogprobs\x12\x33\n\x0fprompt_logprobs\x18\x08 \x03(\x0b\x32\x1a.headrace.v1.TokenLogprobs\"b\n\rTokenLogprobs\x12)\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x19.headrace.v1.TokenLogprob\x12&\n\x03top\x18\x02 \x03(\x0b\x32\x19.headrace.v1.TokenLogprob\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\x13\n\x11ListModelsRequest\"<\n\x12ListModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.headrace.v1.ModelInfo\"F\n\tModelInfo\x12$\n\x04\x63\x61rd\x18\x01 \x01(\x0b\x32\x16.headrace.v1.ModelCard\x12\x13\n\x0bnum_workers\x18\x02 \x01(\r2\xac\x01\n\x10InferenceService\x12I\n\x08Generate\x12\x1c.headrace.v1.GenerateRequest\x1a\x1d.headrace.v1.GenerateResponse0\x01\x12M\n\nListModels\x12\x1e.headrace.v1.ListModelsRequest\x1a\x1f.headrace.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,13 +41,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=383
   _globals['_TOKENIDS']._serialized_end=406
   _globals['_GENERATERESPONSE']._serialized_start=409
-  _globals['_GENERATERESPONSE']._serialized_end=580
-  _globals['_LISTMODELSREQUEST']._serialized_start=582
-  _globals['_LISTMODELSREQUEST']._serialized_end=601
-  _globals['_LISTMODELSRESPONSE']._serialized_start=603
-  _globals['_LISTMODELSRESPONSE']._serialized_end=663
-  _globals['_MODELINFO']._serialized_start=665
-  _globals['_MODELINFO']._serialized_end=735
-  _globals['_INFERENCESERVICE']._serialized_start=738
-  _globals['_INFERENCESERVICE']._serialized_end=910
+  _globals['_GENERATERESPONSE']._serialized_end=679
+  _globals['_TOKENLOGPROBS']._serialized_start=681
+  _globals['_TOKENLOGPROBS']._serialized_end=779
+  _globals['_TOKENLOGPROB']._serialized_start=781
+  _globals['_TOKENLOGPROB']._serialized_end=830
+  _globals['_LISTMODELSREQUEST']._serialized_start=832
+  _globals['_LISTMODELSREQUEST']._serialized_end=851
+  _globals['_LISTMODELSRESPONSE']._serialized_start=853
+  _globals['_LISTMODELSRESPONSE']._serialized_end=913
+  _globals['_MODELINFO']._serialized_start=915
+  _globals['_MODELINFO']._serialized_end=985
+  _globals['_INFERENCESERVICE']._serialized_start=988
+  _globals['_INFERENCESERVICE']._serialized_end=1160
 # @@protoc_insertion_point(module_scope)

@@ -30,6 +30,7 @@ class RouteRequest(_message.Message):
     CANCELS_FIELD_NUMBER: _builtins.int
     UPDATES_FIELD_NUMBER: _builtins.int
     FAILURES_FIELD_NUMBER: _builtins.int
+    ADOPTED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___RouteOpen:
         """First on every connection."""
@@ -48,6 +49,10 @@ class RouteRequest(_message.Message):
     def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerFailure]:
         """Workers that this gateway found dead or failing."""
 
+    @_builtins.property
+    def adopted(self) -> _containers.RepeatedCompositeFieldContainer[Global___Reservation]:
+        """What the gateway has in flight by choice of a router that is gone."""
+
     def __init__(
         self,
         *,
@@ -57,10 +62,11 @@ class RouteRequest(_message.Message):
         cancels: _abc.Iterable[_builtins.int] | None = ...,
         updates: _abc.Iterable[Global___ReservationUpdate] | None = ...,
         failures: _abc.Iterable[Global___WorkerFailure] | None = ...,
+        adopted: _abc.Iterable[Global___Reservation] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["open", b"open"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "cancels", b"cancels", "chunks", b"chunks", "failures", b"failures", "open", b"open", "updates", b"updates"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted", b"adopted", "calls", b"calls", "cancels", b"cancels", "chunks", b"chunks", "failures", b"failures", "open", b"open", "updates", b"updates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -485,6 +491,210 @@ class FleetModel(_message.Message):
 Global___FleetModel: _TypeAlias = FleetModel  # noqa: Y015
 
 @_typing.final
+class WatchLoadsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTER_ID_FIELD_NUMBER: _builtins.int
+    router_id: _builtins.str
+    """Of the router that asks."""
+    def __init__(
+        self,
+        *,
+        router_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["router_id", b"router_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchLoadsRequest: _TypeAlias = WatchLoadsRequest  # noqa: Y015
+
+@_typing.final
+class WatchLoadsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTER_ID_FIELD_NUMBER: _builtins.int
+    LOADS_FIELD_NUMBER: _builtins.int
+    router_id: _builtins.str
+    """Of the router that answers; one that asked itself is told so by it."""
+    @_builtins.property
+    def loads(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReservedLoad]:
+        """As they are now, not as differences: a frame may be applied twice."""
+
+    def __init__(
+        self,
+        *,
+        router_id: _builtins.str = ...,
+        loads: _abc.Iterable[Global___ReservedLoad] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["loads", b"loads", "router_id", b"router_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchLoadsResponse: _TypeAlias = WatchLoadsResponse  # noqa: Y015
+
+@_typing.final
+class ReservedLoad(_message.Message):
+    """All that one router has reserved on one generation of one worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    RESERVATIONS_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    generation: _builtins.int
+    prefill_tokens: _builtins.int
+    blocks: _builtins.int
+    sequences: _builtins.int
+    reservations: _builtins.int
+    """0: nothing is left."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        prefill_tokens: _builtins.int = ...,
+        blocks: _builtins.int = ...,
+        sequences: _builtins.int = ...,
+        reservations: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "generation", b"generation", "prefill_tokens", b"prefill_tokens", "reservations", b"reservations", "sequences", b"sequences", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReservedLoad: _TypeAlias = ReservedLoad  # noqa: Y015
+
+@_typing.final
+class ExplainRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SELECT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def select(self) -> Global___SelectWorkerRequest: ...
+    def __init__(
+        self,
+        *,
+        select: Global___SelectWorkerRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["select", b"select"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["select", b"select"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
+
+@_typing.final
+class ExplainResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKERS_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExplainedWorker]:
+        """In the order of their ids: all members of the model, chosen or not."""
+
+    @_builtins.property
+    def plan(self) -> Global___Plan:
+        """Absent when nobody can be chosen."""
+
+    def __init__(
+        self,
+        *,
+        workers: _abc.Iterable[Global___ExplainedWorker] | None = ...,
+        plan: Global___Plan | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
+
+@_typing.final
+class ExplainedWorker(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    ELIGIBLE_FIELD_NUMBER: _builtins.int
+    LEADING_FIELD_NUMBER: _builtins.int
+    MATCHED_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    PREFILL_MS_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    DECODE_STEP_MS_FIELD_NUMBER: _builtins.int
+    PREDICTED_TTFT_MS_FIELD_NUMBER: _builtins.int
+    eligible: _builtins.bool
+    """Reachable and not draining."""
+    matched_tokens: _builtins.int
+    prefill_tokens: _builtins.int
+    """What the policy is told of its load."""
+    sequences: _builtins.int
+    prefill_ms_per_token: _builtins.float
+    decode_step_ms: _builtins.float
+    predicted_ttft_ms: _builtins.float
+    @_builtins.property
+    def worker(self) -> _types_pb2.WorkerRef: ...
+    @_builtins.property
+    def leading(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierBlocks]:
+        """Leading blocks of the prompt that it holds, by tier, each tier's count
+        including those faster than it.
+        """
+
+    def __init__(
+        self,
+        *,
+        worker: _types_pb2.WorkerRef | None = ...,
+        eligible: _builtins.bool = ...,
+        leading: _abc.Iterable[Global___TierBlocks] | None = ...,
+        matched_tokens: _builtins.int = ...,
+        prefill_tokens: _builtins.int = ...,
+        sequences: _builtins.int = ...,
+        prefill_ms_per_token: _builtins.float = ...,
+        decode_step_ms: _builtins.float = ...,
+        predicted_ttft_ms: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_step_ms", b"decode_step_ms", "eligible", b"eligible", "leading", b"leading", "matched_tokens", b"matched_tokens", "predicted_ttft_ms", b"predicted_ttft_ms", "prefill_ms_per_token", b"prefill_ms_per_token", "prefill_tokens", b"prefill_tokens", "sequences", b"sequences", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainedWorker: _TypeAlias = ExplainedWorker  # noqa: Y015
+
+@_typing.final
+class TierBlocks(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    tier: _builtins.str
+    blocks: _builtins.int
+    def __init__(
+        self,
+        *,
+        tier: _builtins.str = ...,
+        blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TierBlocks: _TypeAlias = TierBlocks  # noqa: Y015
+
+@_typing.final
 class GetFleetRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -506,24 +716,167 @@ class GetFleetResponse(_message.Message):
     MODELS_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     REDIS_CONNECTED_FIELD_NUMBER: _builtins.int
+    ROUTER_ID_FIELD_NUMBER: _builtins.int
+    COUNTERS_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
+    REDIS_TROUBLE_FIELD_NUMBER: _builtins.int
     policy: _builtins.str
     redis_connected: _builtins.bool
+    router_id: _builtins.str
+    redis_trouble: _builtins.str
+    """What is wrong with Redis now; empty while all is well."""
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___FleetModelState]: ...
+    @_builtins.property
+    def counters(self) -> Global___RouterCounters: ...
+    @_builtins.property
+    def index(self) -> Global___PrefixIndexState: ...
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouterPeerState]:
+        """Routers whose loads this one counts in."""
+
     def __init__(
         self,
         *,
         models: _abc.Iterable[Global___FleetModelState] | None = ...,
         policy: _builtins.str = ...,
         redis_connected: _builtins.bool = ...,
+        router_id: _builtins.str = ...,
+        counters: Global___RouterCounters | None = ...,
+        index: Global___PrefixIndexState | None = ...,
+        peers: _abc.Iterable[Global___RouterPeerState] | None = ...,
+        redis_trouble: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "index", b"index"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models", "policy", b"policy", "redis_connected", b"redis_connected"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "index", b"index", "models", b"models", "peers", b"peers", "policy", b"policy", "redis_connected", b"redis_connected", "redis_trouble", b"redis_trouble", "router_id", b"router_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetFleetResponse: _TypeAlias = GetFleetResponse  # noqa: Y015
+
+@_typing.final
+class RouterCounters(_message.Message):
+    """Since the router's start."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ResyncsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    DECISIONS_FIELD_NUMBER: _builtins.int
+    REFUSED_DECISIONS_FIELD_NUMBER: _builtins.int
+    ZERO_MATCHES_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    MATCHED_TOKENS_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    RESYNCS_FIELD_NUMBER: _builtins.int
+    REFUSALS_FIELD_NUMBER: _builtins.int
+    OUTAGES_FIELD_NUMBER: _builtins.int
+    decisions: _builtins.int
+    refused_decisions: _builtins.int
+    zero_matches: _builtins.int
+    """Decisions for prompts of a full block or more of which no worker held any."""
+    prompt_tokens: _builtins.int
+    matched_tokens: _builtins.int
+    events: _builtins.int
+    refusals: _builtins.int
+    outages: _builtins.int
+    """Workers found not to answer."""
+    @_builtins.property
+    def resyncs(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Workers read anew, by the kind of cause."""
+
+    def __init__(
+        self,
+        *,
+        decisions: _builtins.int = ...,
+        refused_decisions: _builtins.int = ...,
+        zero_matches: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+        matched_tokens: _builtins.int = ...,
+        events: _builtins.int = ...,
+        resyncs: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        refusals: _builtins.int = ...,
+        outages: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decisions", b"decisions", "events", b"events", "matched_tokens", b"matched_tokens", "outages", b"outages", "prompt_tokens", b"prompt_tokens", "refusals", b"refusals", "refused_decisions", b"refused_decisions", "resyncs", b"resyncs", "zero_matches", b"zero_matches"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RouterCounters: _TypeAlias = RouterCounters  # noqa: Y015
+
+@_typing.final
+class PrefixIndexState(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    blocks: _builtins.int
+    """Distinct ids."""
+    num_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        blocks: _builtins.int = ...,
+        num_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "num_bytes", b"num_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixIndexState: _TypeAlias = PrefixIndexState  # noqa: Y015
+
+@_typing.final
+class RouterPeerState(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    ROUTER_ID_FIELD_NUMBER: _builtins.int
+    CONNECTED_FIELD_NUMBER: _builtins.int
+    RESERVATIONS_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    router_id: _builtins.str
+    """Empty until it answered."""
+    connected: _builtins.bool
+    reservations: _builtins.int
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        router_id: _builtins.str = ...,
+        connected: _builtins.bool = ...,
+        reservations: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "connected", b"connected", "reservations", b"reservations", "router_id", b"router_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RouterPeerState: _TypeAlias = RouterPeerState  # noqa: Y015
 
 @_typing.final
 class FleetModelState(_message.Message):
@@ -569,6 +922,10 @@ class WorkerState(_message.Message):
     RESYNCS_FIELD_NUMBER: _builtins.int
     LAST_RESYNC_CAUSE_FIELD_NUMBER: _builtins.int
     REACHABLE_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
+    EVENT_LAG_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    PEER_RESERVATIONS_FIELD_NUMBER: _builtins.int
     owned_blocks: _builtins.int
     last_sequence: _builtins.int
     active_sequences: _builtins.int
@@ -579,8 +936,17 @@ class WorkerState(_message.Message):
     last_resync_cause: _builtins.str
     reachable: _builtins.bool
     """The router's own health stream to it answers."""
+    event_lag: _builtins.int
+    """Events that Redis held when the router last compared, and the index not."""
+    draining: _builtins.bool
+    peer_reservations: _builtins.int
+    """Requests that other routers have there."""
     @_builtins.property
     def worker(self) -> _types_pb2.WorkerRef: ...
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierBlocks]:
+        """By tier; owned_blocks is their sum."""
+
     def __init__(
         self,
         *,
@@ -594,10 +960,14 @@ class WorkerState(_message.Message):
         resyncs: _builtins.int = ...,
         last_resync_cause: _builtins.str = ...,
         reachable: _builtins.bool = ...,
+        tiers: _abc.Iterable[Global___TierBlocks] | None = ...,
+        event_lag: _builtins.int = ...,
+        draining: _builtins.bool = ...,
+        peer_reservations: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_sequences", b"active_sequences", "last_resync_cause", b"last_resync_cause", "last_sequence", b"last_sequence", "owned_blocks", b"owned_blocks", "queued_sequences", b"queued_sequences", "reachable", b"reachable", "reservations", b"reservations", "reserved_prefill_tokens", b"reserved_prefill_tokens", "resyncs", b"resyncs", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_sequences", b"active_sequences", "draining", b"draining", "event_lag", b"event_lag", "last_resync_cause", b"last_resync_cause", "last_sequence", b"last_sequence", "owned_blocks", b"owned_blocks", "peer_reservations", b"peer_reservations", "queued_sequences", b"queued_sequences", "reachable", b"reachable", "reservations", b"reservations", "reserved_prefill_tokens", b"reserved_prefill_tokens", "resyncs", b"resyncs", "tiers", b"tiers", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -39,6 +39,11 @@ class RouterServiceStub:
                 request_serializer=headrace_dot_v1_dot_router__pb2.RouteRequest.SerializeToString,
                 response_deserializer=headrace_dot_v1_dot_router__pb2.RouteResponse.FromString,
                 _registered_method=True)
+        self.WatchLoads = channel.unary_stream(
+                '/headrace.v1.RouterService/WatchLoads',
+                request_serializer=headrace_dot_v1_dot_router__pb2.WatchLoadsRequest.SerializeToString,
+                response_deserializer=headrace_dot_v1_dot_router__pb2.WatchLoadsResponse.FromString,
+                _registered_method=True)
         self.SelectWorker = channel.unary_unary(
                 '/headrace.v1.RouterService/SelectWorker',
                 request_serializer=headrace_dot_v1_dot_router__pb2.SelectWorkerRequest.SerializeToString,
@@ -48,6 +53,11 @@ class RouterServiceStub:
                 '/headrace.v1.RouterService/GetFleet',
                 request_serializer=headrace_dot_v1_dot_router__pb2.GetFleetRequest.SerializeToString,
                 response_deserializer=headrace_dot_v1_dot_router__pb2.GetFleetResponse.FromString,
+                _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/headrace.v1.RouterService/Explain',
+                request_serializer=headrace_dot_v1_dot_router__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=headrace_dot_v1_dot_router__pb2.ExplainResponse.FromString,
                 _registered_method=True)
 
 
@@ -62,6 +72,14 @@ class RouterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchLoads(self, request, context):
+        """What this router has reserved, for other routers: everything first, then
+        every few milliseconds what changed. It counts while the stream lives.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SelectWorker(self, request, context):
         """Unary twin, for people and tests: the plan, without a reservation.
         """
@@ -70,7 +88,15 @@ class RouterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetFleet(self, request, context):
-        """What the router believes: workers, generations, blocks, lag.
+        """What the router believes: workers, generations, blocks, lag, and what it
+        has counted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Explain(self, request, context):
+        """Why a request would go where: every worker as the policy sees it now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -84,6 +110,11 @@ def add_RouterServiceServicer_to_server(servicer, server):
                     request_deserializer=headrace_dot_v1_dot_router__pb2.RouteRequest.FromString,
                     response_serializer=headrace_dot_v1_dot_router__pb2.RouteResponse.SerializeToString,
             ),
+            'WatchLoads': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchLoads,
+                    request_deserializer=headrace_dot_v1_dot_router__pb2.WatchLoadsRequest.FromString,
+                    response_serializer=headrace_dot_v1_dot_router__pb2.WatchLoadsResponse.SerializeToString,
+            ),
             'SelectWorker': grpc.unary_unary_rpc_method_handler(
                     servicer.SelectWorker,
                     request_deserializer=headrace_dot_v1_dot_router__pb2.SelectWorkerRequest.FromString,
@@ -93,6 +124,11 @@ def add_RouterServiceServicer_to_server(servicer, server):
                     servicer.GetFleet,
                     request_deserializer=headrace_dot_v1_dot_router__pb2.GetFleetRequest.FromString,
                     response_serializer=headrace_dot_v1_dot_router__pb2.GetFleetResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=headrace_dot_v1_dot_router__pb2.ExplainRequest.FromString,
+                    response_serializer=headrace_dot_v1_dot_router__pb2.ExplainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -122,6 +158,33 @@ class RouterService:
             '/headrace.v1.RouterService/Route',
             headrace_dot_v1_dot_router__pb2.RouteRequest.SerializeToString,
             headrace_dot_v1_dot_router__pb2.RouteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchLoads(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/headrace.v1.RouterService/WatchLoads',
+            headrace_dot_v1_dot_router__pb2.WatchLoadsRequest.SerializeToString,
+            headrace_dot_v1_dot_router__pb2.WatchLoadsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -176,6 +239,33 @@ class RouterService:
             '/headrace.v1.RouterService/GetFleet',
             headrace_dot_v1_dot_router__pb2.GetFleetRequest.SerializeToString,
             headrace_dot_v1_dot_router__pb2.GetFleetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headrace.v1.RouterService/Explain',
+            headrace_dot_v1_dot_router__pb2.ExplainRequest.SerializeToString,
+            headrace_dot_v1_dot_router__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,10 +35,18 @@ class RouterServiceStub:
     """The inner hop: one stream per gateway. Its reservations live and die with
     it: after a reconnect the gateway announces them again.
     """
+    WatchLoads: _grpc.UnaryStreamMultiCallable[_router_pb2.WatchLoadsRequest, _router_pb2.WatchLoadsResponse]
+    """What this router has reserved, for other routers: everything first, then
+    every few milliseconds what changed. It counts while the stream lives.
+    """
     SelectWorker: _grpc.UnaryUnaryMultiCallable[_router_pb2.SelectWorkerRequest, _router_pb2.SelectWorkerResponse]
     """Unary twin, for people and tests: the plan, without a reservation."""
     GetFleet: _grpc.UnaryUnaryMultiCallable[_router_pb2.GetFleetRequest, _router_pb2.GetFleetResponse]
-    """What the router believes: workers, generations, blocks, lag."""
+    """What the router believes: workers, generations, blocks, lag, and what it
+    has counted.
+    """
+    Explain: _grpc.UnaryUnaryMultiCallable[_router_pb2.ExplainRequest, _router_pb2.ExplainResponse]
+    """Why a request would go where: every worker as the policy sees it now."""
 
 @_typing.type_check_only
 class RouterServiceAsyncStub(RouterServiceStub):
@@ -47,10 +55,18 @@ class RouterServiceAsyncStub(RouterServiceStub):
     """The inner hop: one stream per gateway. Its reservations live and die with
     it: after a reconnect the gateway announces them again.
     """
+    WatchLoads: _aio.UnaryStreamMultiCallable[_router_pb2.WatchLoadsRequest, _router_pb2.WatchLoadsResponse]  # type: ignore[assignment]
+    """What this router has reserved, for other routers: everything first, then
+    every few milliseconds what changed. It counts while the stream lives.
+    """
     SelectWorker: _aio.UnaryUnaryMultiCallable[_router_pb2.SelectWorkerRequest, _router_pb2.SelectWorkerResponse]  # type: ignore[assignment]
     """Unary twin, for people and tests: the plan, without a reservation."""
     GetFleet: _aio.UnaryUnaryMultiCallable[_router_pb2.GetFleetRequest, _router_pb2.GetFleetResponse]  # type: ignore[assignment]
-    """What the router believes: workers, generations, blocks, lag."""
+    """What the router believes: workers, generations, blocks, lag, and what it
+    has counted.
+    """
+    Explain: _aio.UnaryUnaryMultiCallable[_router_pb2.ExplainRequest, _router_pb2.ExplainResponse]  # type: ignore[assignment]
+    """Why a request would go where: every worker as the policy sees it now."""
 
 class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -61,6 +77,16 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_router_pb2.RouteResponse], _abc.AsyncIterator[_router_pb2.RouteResponse]]:
         """The inner hop: one stream per gateway. Its reservations live and die with
         it: after a reconnect the gateway announces them again.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchLoads(
+        self,
+        request: _router_pb2.WatchLoadsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_router_pb2.WatchLoadsResponse], _abc.AsyncIterator[_router_pb2.WatchLoadsResponse]]:
+        """What this router has reserved, for other routers: everything first, then
+        every few milliseconds what changed. It counts while the stream lives.
         """
 
     @_abc_1.abstractmethod
@@ -77,6 +103,16 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _router_pb2.GetFleetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_router_pb2.GetFleetResponse, _abc.Awaitable[_router_pb2.GetFleetResponse]]:
-        """What the router believes: workers, generations, blocks, lag."""
+        """What the router believes: workers, generations, blocks, lag, and what it
+        has counted.
+        """
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _router_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_router_pb2.ExplainResponse, _abc.Awaitable[_router_pb2.ExplainResponse]]:
+        """Why a request would go where: every worker as the policy sees it now."""
 
 def add_RouterServiceServicer_to_server(servicer: RouterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -110,6 +110,7 @@ class AttachResponse(_message.Message):
     SLOTS_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     ENDS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
     frame: _builtins.int
     ack: _builtins.int
     @_builtins.property
@@ -130,6 +131,10 @@ class AttachResponse(_message.Message):
     def ends(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceEnd]:
         """After the tokens of the same frame."""
 
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceLogprobs]:
+        """Of sequences that asked, and no others: before the tokens of the same frame."""
+
     def __init__(
         self,
         *,
@@ -140,14 +145,46 @@ class AttachResponse(_message.Message):
         slots: _abc.Iterable[_builtins.int] | None = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         ends: _abc.Iterable[Global___SequenceEnd] | None = ...,
+        logprobs: _abc.Iterable[Global___SequenceLogprobs] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "opened", b"opened"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "ends", b"ends", "frame", b"frame", "heartbeat", b"heartbeat", "opened", b"opened", "slots", b"slots", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "ends", b"ends", "frame", b"frame", "heartbeat", b"heartbeat", "logprobs", b"logprobs", "opened", b"opened", "slots", b"slots", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AttachResponse: _TypeAlias = AttachResponse  # noqa: Y015
+
+@_typing.final
+class SequenceLogprobs(_message.Message):
+    """Packed log probabilities, see headrace.logprobs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOT_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    slot: _builtins.int
+    tokens: _builtins.bytes
+    """One record for each token that the slot gets in this frame, in order."""
+    prompt: _builtins.bytes
+    """A piece of the prompt's records, in order; all come before the first token.
+    A sequence that resumes behind its first token has none.
+    """
+    def __init__(
+        self,
+        *,
+        slot: _builtins.int = ...,
+        tokens: _builtins.bytes = ...,
+        prompt: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "slot", b"slot", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SequenceLogprobs: _TypeAlias = SequenceLogprobs  # noqa: Y015
 
 @_typing.final
 class AttachOpened(_message.Message):
@@ -456,19 +493,25 @@ class GenerateSequenceResponse(_message.Message):
 
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def end(self) -> Global___SequenceEnd: ...
+    @_builtins.property
+    def logprobs(self) -> Global___SequenceLogprobs:
+        """If asked for; its slot is 0."""
+
     def __init__(
         self,
         *,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         end: Global___SequenceEnd | None = ...,
+        logprobs: Global___SequenceLogprobs | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "logprobs", b"logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "logprobs", b"logprobs", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -541,19 +584,25 @@ class DumpBlocksResponse(_message.Message):
 
     BLOCK_IDS_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
+    UNPUBLISHED_FIELD_NUMBER: _builtins.int
     block_ids: _builtins.bytes
     """8 bytes for each block: the first 8 of its id."""
     sequence: _builtins.int
     """Number of the last KV event behind this state; on the last message."""
+    unpublished: _builtins.int
+    """Blocks whose change Redis has not confirmed yet, on the last message. When it
+    is 0, block_ids are just what the engine holds.
+    """
     def __init__(
         self,
         *,
         block_ids: _builtins.bytes = ...,
         sequence: _builtins.int = ...,
+        unpublished: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "sequence", b"sequence", "unpublished", b"unpublished"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -38,7 +38,13 @@ class App:
             _models(config.model),
             config.processes or max(2, (os.cpu_count() or 1) - 1),
             PoolLimits(max_queued_bytes=config.max_queued_bytes, stall_s=config.stall_s),
-            Limits(config.max_text_bytes, config.max_messages, config.max_tokens),
+            Limits(
+                config.max_text_bytes,
+                config.max_messages,
+                config.max_tokens,
+                config.max_texts,
+                config.prefix_cache_bytes,
+            ),
         )
         servicer = TokenizerServicer(self.pool)
         add_TokenizerServiceServicer_to_server(servicer, self.server.grpc_server)
@@ -78,11 +84,11 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
 
 
 def _check(config: Config) -> None:
-    for name in ("processes", "max_queued_bytes", "stall_s"):
+    for name in ("processes", "max_queued_bytes", "stall_s", "prefix_cache_bytes"):
         if getattr(config, name) < 0:
             flag = name.replace("_", "-")
             raise StartupError(f"--{flag} must be 0 or more, not {getattr(config, name)}")
-    for name in ("max_text_bytes", "max_messages", "max_tokens"):
+    for name in ("max_text_bytes", "max_messages", "max_tokens", "max_texts"):
         if getattr(config, name) < 1:
             flag = name.replace("_", "-")
             raise StartupError(f"--{flag} must be 1 or more, not {getattr(config, name)}")

@@ -26,5 +26,9 @@ class Config:
     max_text_bytes: int = option(_LIMITS.max_text_bytes, help="longest text of one request")
     max_messages: int = option(_LIMITS.max_messages, help="most messages of one chat")
     max_tokens: int = option(_LIMITS.max_tokens, help="most tokens of one request")
+    max_texts: int = option(_LIMITS.max_texts, help="most texts of one batch")
+    prefix_cache_bytes: int = option(
+        _LIMITS.prefix_cache_bytes, help="what each process keeps of recent prompts"
+    )
     max_queued_bytes: int = option(64 << 20, help="bytes of requests that may wait")
     stall_s: float = option(30.0, help="a process that works on one request for longer is killed")

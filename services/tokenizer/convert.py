@@ -18,21 +18,38 @@ def task_of(call: pb.TokenizeCall) -> tuple[str, work.Work]:
             decode.model, decode.token_ids, decode.skip_special_tokens
         )
     if kind == "render_chat":
-        model, chat = call.render_chat.model, call.render_chat.chat
-        return "tokenizer.render_chat", work.Render(
-            model, _messages(chat), chat.add_generation_prompt
+        render = call.render_chat
+        return "tokenizer.render_chat", work.Render(render.model, _chat(render.chat))
+    if kind == "encode_batch":
+        batch = call.encode_batch
+        options = work.EncodeOptions(
+            max_tokens=batch.max_tokens,
+            skip_special_tokens=batch.skip_special_tokens,
+            truncate=batch.truncate,
         )
+        item = work.EncodeBatch(batch.model, list(batch.texts), options)
+        return "tokenizer.encode_batch", item
     raise InvalidArgument("the call holds no work", field="work")
 
 
 def result_of(call_id: int, answer: work.Answer) -> pb.TokenizeResult:
     """The result of a call that was answered with `answer`."""
     match answer:
-        case work.Encoded(token_ids=token_ids, block_ids=block_ids, tokenizer_digest=digest):
+        case work.Encoded():
             encode = pb.EncodeResponse(
-                token_ids=token_ids, block_ids=block_ids, tokenizer_digest=digest
+                token_ids=answer.token_ids,
+                block_ids=answer.block_ids,
+                tokenizer_digest=answer.tokenizer_digest,
+                offsets=answer.offsets,
             )
             return pb.TokenizeResult(id=call_id, encode=encode)
+        case work.EncodedBatch():
+            batch = pb.EncodeBatchResponse(
+                token_ids=answer.token_ids,
+                counts=answer.counts,
+                tokenizer_digest=answer.tokenizer_digest,
+            )
+            return pb.TokenizeResult(id=call_id, encode_batch=batch)
         case work.Decoded(text=text):
             return pb.TokenizeResult(id=call_id, decode=pb.DecodeResponse(text=text))
         case work.Rendered(text=text):
@@ -46,32 +63,60 @@ def table_of(answer: work.Answer) -> bytes:
         raise TypeError(f"{type(answer).__name__} is no table")
     return pb.DetokenizerTable(
         tokenizer_digest=answer.tokenizer_digest,
-        kind=pb.DetokenizerTable.KIND_BYTES,
+        kind=(
+            pb.DetokenizerTable.KIND_BYTE_FALLBACK
+            if answer.replaces_each_byte
+            else pb.DetokenizerTable.KIND_BYTES
+        ),
         data=answer.data,
         lengths=answer.lengths,
         special=answer.special,
         eos_token_ids=answer.eos_token_ids,
+        strips_first_space=answer.strips_first_space,
+        first_ids=answer.first_ids,
+        first_data=answer.first_data,
+        first_lengths=answer.first_lengths,
     ).SerializeToString()
+
+
+def info_of(info: work.Info) -> pb.TokenizerInfo:
+    """One tokenizer, as others may know it."""
+    return pb.TokenizerInfo(
+        model=info.model,
+        tokenizer_digest=info.tokenizer_digest,
+        vocab_size=info.vocab_size,
+        has_chat_template=info.has_chat_template,
+        truncation_side=info.truncation_side,
+        padding_side=info.padding_side,
+        pad_token_id=info.pad_id,
+    )
 
 
 def _encoding_of(request: pb.EncodeRequest) -> work.Work:
     options = work.EncodeOptions(
-        request.namespace_key,
-        request.block_size,
-        request.max_tokens,
-        request.skip_special_tokens,
+        namespace_key=request.namespace_key,
+        block_size=request.block_size,
+        max_tokens=request.max_tokens,
+        skip_special_tokens=request.skip_special_tokens,
+        truncate=request.truncate,
+        with_offsets=request.with_offsets,
     )
     kind = request.WhichOneof("input")
     if kind == "text":
         return work.EncodeText(request.model, request.text, options)
+    if kind == "text_utf8":
+        return work.EncodeUtf8(request.model, request.text_utf8, options)
     if kind == "chat":
-        messages = _messages(request.chat)
-        add_prompt = request.chat.add_generation_prompt
-        return work.EncodeChat(request.model, messages, add_prompt, options)
+        return work.EncodeChat(request.model, _chat(request.chat), options)
     if kind == "token_ids":
         return work.EncodeIds(request.model, request.token_ids, options)
     raise InvalidArgument("the request has no text, chat or token_ids", field="input")
 
 
-def _messages(chat: pb.ChatTemplateInput) -> list[work.Message]:
-    return [work.Message(message.role, message.content) for message in chat.messages]
+def _chat(chat: pb.ChatTemplateInput) -> work.Chat:
+    return work.Chat(
+        [work.Message(m.role, m.content, m.message_json) for m in chat.messages],
+        chat.add_generation_prompt,
+        chat.tools_json,
+        chat.template_args_json,
+    )

@@ -4,10 +4,11 @@ Each worker process has a queue here and a short window of requests on its socke
 
     queued (ours to take back) ... | sent, answered in order | -> worker
 
-A request goes to the worker with the fewest bytes; long ones leave one worker
-free, so that short ones never wait behind them. When a worker dies, what it had
-goes to the others and another is forked; only the request it was working on is a
-suspect, and fails after MAX_ATTEMPTS. Everything is bounded: see PoolLimits.
+Where a request goes is decided in placement: long documents leave some workers
+free, so that short requests never wait behind them. A worker with nothing to do
+takes what waits for others. When a worker dies, what it had goes to the others and
+another is forked; only the request it was working on is a suspect, and fails after
+MAX_ATTEMPTS. Everything is bounded: see PoolLimits.
 
 The parent only moves bytes. It knows nothing of tokenizers, and no gRPC.
 """
@@ -16,8 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import signal
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,12 +26,13 @@ from typing import TYPE_CHECKING
 from headrace.errors import (
     DeadlineExceeded,
     Internal,
+    InvalidArgument,
     ResourceExhausted,
     StartupError,
     Unavailable,
 )
 from headrace.service import cancel_and_wait
-from services.tokenizer import work
+from services.tokenizer import placement, work
 from services.tokenizer.spawner import Spawner
 from services.tokenizer.worker_link import Job, WorkerLink
 
@@ -59,8 +59,6 @@ class PoolLimits:
     max_queued: int = 8192
     #: A worker that does not answer for so long is killed.
     stall_s: float = 30.0
-    #: A longer request leaves one worker free of its like.
-    long_bytes: int = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +85,8 @@ class Pool:
         setup = [(files.name, files.format, str(files.path.resolve())) for files in models]
         self._setup = work.Setup(setup, work_limits or work.Limits())
         self._num_processes = num_processes
+        self._num_kept_free = placement.num_kept_free(num_processes)
+        self._max_texts = self._setup.limits.max_texts
         self._spawner = self._new_spawner()
         self._links: list[WorkerLink] = []
         #: What waits while no worker lives.
@@ -102,8 +102,8 @@ class Pool:
     async def start(self) -> None:
         """Load, fork, and wait until every worker has said hello. Raises StartupError."""
         self.infos = await self._spawner.start()
-        for _ in range(self._num_processes):
-            await self._add_worker()
+        for slot in range(self._num_processes):
+            await self._add_worker(slot)
         await asyncio.gather(*(link.is_settled.wait() for link in self._links))
         if not self.worker_pids:
             raise StartupError("no tokenizer process could be forked: see the log")
@@ -145,15 +145,41 @@ class Pool:
         return self._spawner.pid
 
     async def run(self, item: work.Work, *, timeout_s: float | None = None) -> Done:
-        """Do `item` in some worker.
+        """Do `item` in some worker, a batch in several.
 
         Raises what the work raises, ResourceExhausted if too much waits,
         DeadlineExceeded after `timeout_s`, Internal if it kills its workers.
-        Cancelling it takes it back, if it is not being worked on.
+        Cancelling it takes it back; if it is being worked on, it stops if it is long.
         """
+        if not isinstance(item, work.EncodeBatch):
+            job = self._job(item)
+            self._admit(job.length)
+            return await self._run(job, timeout_s)
+        num_texts = len(item.texts)
+        if num_texts > self._max_texts or not num_texts:
+            limit = f"there are {num_texts:,}, the limit is {self._max_texts:,}"
+            raise InvalidArgument(limit if num_texts else "texts is empty", field="texts")
+        jobs = [self._job(part) for part in placement.split(item)]
+        self._admit(sum(job.length for job in jobs), len(jobs))
+        tasks = [asyncio.ensure_future(self._run(job, timeout_s)) for job in jobs]
+        try:
+            parts = await asyncio.gather(*tasks)
+        finally:
+            await cancel_and_wait(*tasks)
+        answers = [part.answer for part in parts if isinstance(part.answer, work.EncodedBatch)]
+        return Done(
+            placement.joined(answers),
+            max(part.queue_ms for part in parts),
+            sum(part.work_ms for part in parts),
+        )
+
+    def _job(self, item: work.Work) -> Job:
         self._last_id += 1
-        job = Job(self._last_id, work.frame(item, self._last_id))
-        self._admit(job.length)
+        frame = work.frame(item, self._last_id)
+        kind, session = placement.kind_of(item, len(frame)), placement.session_of(item, len(frame))
+        return Job(self._last_id, frame, kind, session)
+
+    async def _run(self, job: Job, timeout_s: float | None) -> Done:
         started = perf_counter()
         self._waiting.add(job)
         self._is_idle.clear()
@@ -170,7 +196,7 @@ class Pool:
                 timer.cancel()
             self._waiting.discard(job)
             self._waiting_bytes -= job.length
-            job.withdraw()
+            self._withdraw(job)
             if not self._waiting:
                 self._is_idle.set()
         if isinstance(answer, work.Failure):
@@ -178,11 +204,18 @@ class Pool:
         work_ms = work_ns / 1e6
         return Done(answer, max(0.0, (perf_counter() - started) * 1e3 - work_ms), work_ms)
 
-    def _admit(self, length: int) -> None:
+    def _withdraw(self, job: Job) -> None:
+        if job.link is not None:
+            job.link.withdraw(job)
+        else:
+            with suppress(ValueError):
+                self._homeless.remove(job)
+
+    def _admit(self, length: int, num_jobs: int = 1) -> None:
         limits = self._limits
         if self._is_closed:
             raise Unavailable("the tokenizer is shutting down", retry_after_ms=500)
-        if len(self._waiting) >= limits.max_queued:
+        if len(self._waiting) + num_jobs > limits.max_queued:
             raise ResourceExhausted(
                 f"{len(self._waiting)} requests wait for the tokenizer already", retry_after_ms=200
             )
@@ -194,18 +227,26 @@ class Pool:
             )
 
     def _assign(self, job: Job) -> None:
-        links = self._links
-        if job.length > self._limits.long_bytes:
-            links = links[1:] or links
-        if links:
-            min(links, key=lambda link: link.load).add(job)
-        else:
+        loads = [(link.slot, link.load) for link in self._links]
+        at = placement.choose(loads, job.kind, job.session, self._num_kept_free)
+        if at is None:
             self._homeless.append(job)
+        else:
+            self._links[at].add(job)
 
-    async def _add_worker(self) -> None:
-        link = WorkerLink(self._on_death)
+    def _on_idle(self, link: WorkerLink) -> None:
+        takes_long = link.slot >= self._num_kept_free
+        others = [other for other in self._links if other.is_waited_for]
+        for other in sorted(others, key=lambda other: -other.load):
+            job = other.give(takes_long=takes_long)
+            if job is not None:
+                link.add(job)
+                return
+
+    async def _add_worker(self, slot: int) -> None:
+        link = WorkerLink(slot, self._on_death, self._on_idle)
         await asyncio.get_running_loop().create_unix_connection(
-            lambda: link, sock=self._spawner.spawn()
+            lambda: link, sock=self._spawner.spawn(yields=slot >= self._num_kept_free > 0)
         )
         if link.is_dead:
             return
@@ -219,8 +260,12 @@ class Pool:
             self._links.remove(link)
         if self._is_closed:
             return
-        log.warning("worker %d died with %d requests; replacing it", link.pid, len(unanswered))
-        self._own(self._replace(0.0 if link.num_answered else _BACKOFF_S))
+        if link.is_ended:
+            log.info("worker %d was ended; replacing it", link.pid)
+        else:
+            log.warning("worker %d died with %d requests; replacing it", link.pid, len(unanswered))
+        is_sound = link.num_answered or link.is_ended
+        self._own(self._replace(link.slot, 0.0 if is_sound else _BACKOFF_S))
         for job in unanswered:
             if job.num_attempts >= MAX_ATTEMPTS:
                 internal = Internal()
@@ -229,11 +274,11 @@ class Pool:
             else:
                 self._assign(job)
 
-    async def _replace(self, delay_s: float) -> None:
+    async def _replace(self, slot: int, delay_s: float) -> None:
         while True:
             await asyncio.sleep(delay_s)
             try:
-                return await self._add_worker()
+                return await self._add_worker(slot)
             except OSError as error:
                 log.error("can't connect a worker: %s", error)
                 delay_s = _RETRY_S
@@ -266,9 +311,7 @@ class Pool:
             for link in self._links:
                 if link.pid and link.is_stalled(now, self._limits.stall_s):
                     log.error("worker %d did not answer in time; killing it", link.pid)
-                    # It holds its socket, so the id is not another's by now.
-                    with suppress(ProcessLookupError):
-                        os.kill(link.pid, signal.SIGKILL)
+                    link.end()
 
     def _own(self, work_to_do: Coroutine[object, object, object]) -> None:
         task = asyncio.ensure_future(work_to_do)

@@ -6,7 +6,7 @@ once, freezes what it loaded so that forks share the pages, and forks a worker f
 each socket that the pool sends it over the control socket FD:
 
     pool ── Setup ──> spawner        pool <── Started ── spawner
-    pool ── b"+", a socket ──> spawner ── fork ──> worker <── work ──> pool
+    pool ── SPAWN, a socket ──> spawner ── fork ──> worker <── work ──> pool
 
 A worker answers its socket's requests in order. All end when their socket does:
 the pool closes it or dies; the spawner then kills what it forked.
@@ -30,7 +30,8 @@ from headrace.errors import HeadraceError, Internal, StartupError
 from headrace.models.files import ModelFiles
 from headrace.service import setup_logs
 from services.tokenizer import work
-from services.tokenizer.service import TokenizerService, load
+from services.tokenizer.service import TokenizerService
+from services.tokenizer.tokenizer import load
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,6 +40,9 @@ log = logging.getLogger("headrace.tokenizer")
 
 #: Longest message on the control socket.
 MAX_CONTROL_LEN = 64 << 10
+#: Fork a worker; one that does long work lets the others have the processor first.
+SPAWN, SPAWN_YIELDING = b"+", b"-"
+_NICENESS = 5
 
 
 def main(control: socket.socket) -> int:
@@ -50,6 +54,8 @@ def main(control: socket.socket) -> int:
         signal.signal(number, signal.SIG_IGN)
     setup = msgspec.msgpack.decode(control.recv(MAX_CONTROL_LEN), type=work.Setup)
     models = [ModelFiles(name, form, Path(path)) for name, form, path in setup.models]
+    # Nothing of a vocabulary is garbage, and looking for some takes a sixth of its loading.
+    gc.disable()
     try:
         tokenizers = load(models)
     except StartupError as error:
@@ -58,6 +64,7 @@ def main(control: socket.socket) -> int:
     service = TokenizerService(tokenizers, setup.limits)
     gc.collect()
     gc.freeze()
+    gc.enable()
     _say(control, work.Started([t.info(name) for name, t in tokenizers.items()]))
     _spawn_on_demand(control, service)
     return 0
@@ -82,6 +89,8 @@ def _spawn_on_demand(control: socket.socket, service: TokenizerService) -> None:
         pid = os.fork()
         if pid == 0:
             control.close()
+            if message == SPAWN_YIELDING:
+                os.nice(_NICENESS)
             _be_worker(socket.socket(fileno=handles[0]), service.do)
         children.add(pid)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})

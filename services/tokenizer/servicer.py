@@ -17,7 +17,7 @@ from headrace.rpc.options import FRAME_LEN, MAX_MESSAGE_LEN
 from headrace.v1 import tokenizer_pb2 as pb
 from headrace.v1 import tokenizer_pb2_grpc, types_pb2
 from services.tokenizer import work
-from services.tokenizer.convert import result_of, table_of, task_of
+from services.tokenizer.convert import info_of, result_of, table_of, task_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Sequence
@@ -45,7 +45,12 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         request_iterator: _MaybeAsyncIterator[pb.TokenizeRequest],
         context: _ServicerContext,
     ) -> AsyncIterator[pb.TokenizeResponse]:
-        """One gateway's stream."""
+        """One gateway's stream.
+
+        Text that is no UTF-8 in one of protobuf's strings ends the stream: gRPC can't read
+        its frame. Nobody else's calls are on it, and clients that may have such text send
+        `text_utf8`, of which only the call fails.
+        """
         server = CallServer(_Codec(), self._answer)
         try:
             async for frame in server.frames(request_iterator):
@@ -59,6 +64,13 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         """See the proto."""
         result = await self._unary(pb.TokenizeCall(encode=request), context)
         return result.encode
+
+    async def EncodeBatch(
+        self, request: pb.EncodeBatchRequest, context: _ServicerContext
+    ) -> pb.EncodeBatchResponse:
+        """See the proto."""
+        result = await self._unary(pb.TokenizeCall(encode_batch=request), context)
+        return result.encode_batch
 
     async def Decode(
         self, request: pb.DecodeRequest, context: _ServicerContext
@@ -89,16 +101,7 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         self, request: pb.ListTokenizersRequest, context: _ServicerContext
     ) -> pb.ListTokenizersResponse:
         """See the proto."""
-        entries = [
-            pb.TokenizerInfo(
-                model=info.model,
-                tokenizer_digest=info.tokenizer_digest,
-                vocab_size=info.vocab_size,
-                has_chat_template=info.has_chat_template,
-            )
-            for info in self._pool.infos
-        ]
-        return pb.ListTokenizersResponse(tokenizers=entries)
+        return pb.ListTokenizersResponse(tokenizers=map(info_of, self._pool.infos))
 
     async def _unary(self, call: pb.TokenizeCall, context: _ServicerContext) -> pb.TokenizeResult:
         metadata = dict(context.invocation_metadata() or ())

@@ -16,7 +16,7 @@ import msgspec
 
 from headrace.errors import StartupError
 from services.tokenizer import work
-from services.tokenizer.pool_process import MAX_CONTROL_LEN
+from services.tokenizer.pool_process import MAX_CONTROL_LEN, SPAWN, SPAWN_YIELDING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -54,13 +54,18 @@ class Spawner:
             raise StartupError(started.fault)
         return started.infos
 
-    def spawn(self) -> socket.socket:
-        """Fork a worker; returns our end of its socket, which ends if that fails."""
+    def spawn(self, *, yields: bool = False) -> socket.socket:
+        """Fork a worker; returns our end of its socket, which ends if that fails.
+
+        One that `yields` lets others have the processor first.
+        """
         ours, theirs = socket.socketpair()
         with theirs:
             try:
                 if self._control is not None:
-                    socket.send_fds(self._control, [b"+"], [theirs.fileno()])
+                    socket.send_fds(
+                        self._control, [SPAWN_YIELDING if yields else SPAWN], [theirs.fileno()]
+                    )
             except OSError:
                 # It is dead or dying: the socket's end says so.
                 pass

@@ -26,10 +26,20 @@ HEADER_REST_LEN = HEADER.size - 4
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One turn of a chat."""
+    """One turn of a chat: `as_json`, a whole message as a JSON object, if it is given."""
 
     role: str
     content: str
+    as_json: bytes = b""
+
+
+class Chat(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What a template is given. See ChatTemplateInput in tokenizer.proto."""
+
+    messages: list[Message]
+    add_generation_prompt: bool = False
+    tools_json: bytes = b""
+    template_args_json: bytes = b""
 
 
 class EncodeOptions(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -39,6 +49,8 @@ class EncodeOptions(msgspec.Struct, frozen=True, array_like=True, gc=False):
     block_size: int = 0
     max_tokens: int = 0
     skip_special_tokens: bool = False
+    truncate: bool = False
+    with_offsets: bool = False
 
 
 class EncodeText(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
@@ -49,12 +61,19 @@ class EncodeText(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=Fals
     options: EncodeOptions = EncodeOptions()
 
 
+class EncodeUtf8(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
+    """Plain text as UTF-8 that nobody has checked."""
+
+    model: str
+    text: bytes
+    options: EncodeOptions = EncodeOptions()
+
+
 class EncodeChat(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
     """Messages, through the model's template."""
 
     model: str
-    messages: list[Message]
-    add_generation_prompt: bool = False
+    chat: Chat
     options: EncodeOptions = EncodeOptions()
 
 
@@ -64,6 +83,16 @@ class EncodeIds(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False
     model: str
     token_ids: bytes
     options: EncodeOptions = EncodeOptions()
+
+
+class EncodeBatch(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
+    """Many plain texts, UTF-8 that nobody has checked. `first`: the index of the first of
+    them in the batch that they are a part of."""
+
+    model: str
+    texts: list[bytes]
+    options: EncodeOptions = EncodeOptions()
+    first: int = 0
 
 
 class Decode(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
@@ -78,8 +107,7 @@ class Render(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
     """Messages to the template's text."""
 
     model: str
-    messages: list[Message]
-    add_generation_prompt: bool = False
+    chat: Chat
 
 
 class ReadTable(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
@@ -88,14 +116,24 @@ class ReadTable(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False
     model: str
 
 
-Work = EncodeText | EncodeChat | EncodeIds | Decode | Render | ReadTable
+Work = EncodeText | EncodeUtf8 | EncodeChat | EncodeIds | EncodeBatch | Decode | Render | ReadTable
 
 
 class Encoded(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
-    """Ids (u32, little-endian) and 16 bytes for each full block."""
+    """Ids (u32, little-endian), 16 bytes for each full block, and pairs of u32 where each id
+    comes from, if that was asked for."""
 
     token_ids: bytes
     block_ids: bytes
+    tokenizer_digest: str
+    offsets: bytes = b""
+
+
+class EncodedBatch(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
+    """All texts' ids one after the other, and how many each has (both u32, little-endian)."""
+
+    token_ids: bytes
+    counts: bytes
     tokenizer_digest: str
 
 
@@ -119,6 +157,11 @@ class Table(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
     lengths: bytes
     special: bytes
     eos_token_ids: list[int]
+    replaces_each_byte: bool
+    strips_first_space: bool
+    first_ids: bytes
+    first_data: bytes
+    first_lengths: bytes
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
@@ -142,7 +185,7 @@ class Failure(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
         )
 
 
-Answer = Encoded | Decoded | Rendered | Table | Failure
+Answer = Encoded | EncodedBatch | Decoded | Rendered | Table | Failure
 
 
 class Info(msgspec.Struct, frozen=True, array_like=True):
@@ -152,6 +195,9 @@ class Info(msgspec.Struct, frozen=True, array_like=True):
     tokenizer_digest: str
     vocab_size: int
     has_chat_template: bool
+    truncation_side: str
+    padding_side: str
+    pad_id: int | None
 
 
 class Limits(msgspec.Struct, frozen=True, array_like=True):
@@ -160,6 +206,9 @@ class Limits(msgspec.Struct, frozen=True, array_like=True):
     max_text_bytes: int = 8 << 20
     max_messages: int = 4096
     max_tokens: int = 1 << 20
+    max_texts: int = 16384
+    #: What each process keeps of recent prompts, in bytes.
+    prefix_cache_bytes: int = 16 << 20
 
 
 class Setup(msgspec.Struct, frozen=True, array_like=True):

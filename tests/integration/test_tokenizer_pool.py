@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from itertools import chain
 from pathlib import Path
 
 import psutil
@@ -26,8 +27,8 @@ from headrace.errors import (
 )
 from headrace.models.files import ModelFiles
 from services.tokenizer.pool import Pool, PoolLimits
-from services.tokenizer.service import Tokenizer
-from services.tokenizer.work import Encoded, EncodeText
+from services.tokenizer.tokenizer import Tokenizer
+from services.tokenizer.work import EncodeBatch, Encoded, EncodedBatch, EncodeText, Limits
 from tests.integration.tokenizer_parts import is_gone, libraries_of, until
 
 TEXTS = [f"Number {i}: {'the river turns the wheel ' * (i % 90)}" for i in range(300)]
@@ -73,6 +74,10 @@ async def test_work_is_done_by_clean_processes_that_share_the_vocabulary(
             assert worker.ppid() == pool.spawner_pid
             assert worker.num_threads() == 1
             assert "grpc" not in libraries_of(pid)
+        # The one that takes what is long lets the other go first.
+        niceness = psutil.Process().nice()
+        levels = [psutil.Process(pid).nice() for pid in pool.worker_pids]
+        assert levels == [niceness, min(19, niceness + 5)]
         pids = [*pool.worker_pids, pool.spawner_pid]
     assert all(map(is_gone, pids))
 
@@ -127,7 +132,7 @@ async def test_a_stopped_process_is_found_and_replaced(smollm2: ModelFiles) -> N
             os.kill(pid, signal.SIGSTOP)
         assert all(await asyncio.gather(*(ids_of(pool, text) for text in TEXTS[:20])))
         assert not stopped & {*pool.worker_pids}
-        assert all(map(is_gone, stopped))
+        await until(lambda: all(map(is_gone, stopped)), "they end")
 
 
 async def test_what_exceeds_the_queue_is_refused_and_the_rest_done(smollm2: ModelFiles) -> None:
@@ -173,6 +178,77 @@ async def test_short_requests_pass_long_ones(smollm2: ModelFiles) -> None:
         await asyncio.gather(*(ids_of(pool, text) for text in TEXTS))
         assert not any(task.done() for task in long[1:])
         await asyncio.gather(*long)
+
+
+async def test_a_burst_of_middling_documents_delays_no_short_one(smollm2: ModelFiles) -> None:
+    async with running(smollm2) as pool:
+        middling = [SLOW[i * 1000 : i * 1000 + 40_000] for i in range(60)]
+        burst = [asyncio.create_task(pool.run(encode(text))) for text in middling]
+        for text in TEXTS[:20]:
+            await ids_of(pool, text)
+        assert sum(task.done() for task in burst) < 40
+        await asyncio.gather(*burst)
+
+
+async def test_a_batch_uses_all_processes_and_keeps_its_order(
+    smollm2: ModelFiles, expected: Callable[[str], list[int]]
+) -> None:
+    texts = [f"{i} {SLOW[i * 90 : i * 90 + 90]}" for i in range(2048)]
+    async with running(smollm2) as pool:
+        used = {pid: _cpu_s(pid) for pid in pool.worker_pids}
+        task = asyncio.create_task(pool.run(_batch(texts)))
+        await until(lambda: pool.num_waiting > 10, "it is split")
+        short = await ids_of(pool, "short")
+        assert short == expected("short")
+        assert not task.done()
+        answer = (await task).answer
+        assert isinstance(answer, EncodedBatch)
+        assert unpack_tokens(answer.counts) == [len(expected(text)) for text in texts]
+        assert unpack_tokens(answer.token_ids) == [*chain.from_iterable(map(expected, texts))]
+        assert all(_cpu_s(pid) > before for pid, before in used.items())
+        assert pool.load == 0
+
+
+async def test_a_batch_survives_a_death_and_fails_as_one(smollm2: ModelFiles) -> None:
+    async with running(smollm2) as pool:
+        texts = [SLOW[i * 90 : i * 90 + 90] for i in range(2048)]
+        task = asyncio.create_task(pool.run(_batch(texts)))
+        await until(lambda: pool.num_waiting > 10, "it is split")
+        os.kill(pool.worker_pids[0], signal.SIGKILL)
+        answer = (await task).answer
+        assert isinstance(answer, EncodedBatch)
+        assert len(unpack_tokens(answer.counts)) == 2048
+        texts[1777] = ""
+        with pytest.raises(InvalidArgument, match=r"texts\[1777\] is empty"):
+            await pool.run(_batch(texts))
+        assert pool.num_waiting == pool.load == 0 or await ids_of(pool, "still well")
+        with pytest.raises(InvalidArgument, match="texts is empty"):
+            await pool.run(EncodeBatch("smollm2-135m", []))
+        with pytest.raises(InvalidArgument, match=r"there are 16,385, the limit is 16,384"):
+            await pool.run(EncodeBatch("smollm2-135m", [b"x"] * 16_385))
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["cancelled", "late"])
+async def test_long_work_that_nobody_waits_for_stops(smollm2: ModelFiles, late: bool) -> None:
+    """It would take a minute or so."""
+    endless = SLOW * 60
+    pool = Pool([smollm2], 2, None, Limits(max_text_bytes=1 << 30))
+    try:
+        await pool.start()
+        before = {*pool.worker_pids}
+        task = asyncio.create_task(pool.run(encode(endless), timeout_s=0.5 if late else None))
+        if not late:
+            await _busy_worker(pool)
+            task.cancel()
+        with pytest.raises(DeadlineExceeded if late else asyncio.CancelledError):
+            await task
+        await until(lambda: len(before & {*pool.worker_pids}) == 1, "its process ends")
+        await until(lambda: len(pool.worker_pids) == 2, "it is replaced")
+        gone = before - {*pool.worker_pids}
+        await until(lambda: all(map(is_gone, gone)), "it is gone")
+        assert await ids_of(pool, SLOW[:100_000])
+    finally:
+        await pool.close()
 
 
 async def test_errors_come_back_as_they_are(smollm2: ModelFiles) -> None:
@@ -239,6 +315,10 @@ def test_nothing_outlives_a_killed_parent() -> None:
         finally:
             parent.kill()
     asyncio.run(until(lambda: all(map(is_gone, pids)), "the pool's processes end with it"))
+
+
+def _batch(texts: list[str]) -> EncodeBatch:
+    return EncodeBatch("smollm2-135m", [text.encode() for text in texts])
 
 
 async def _busy_worker(pool: Pool) -> int:

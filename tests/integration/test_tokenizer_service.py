@@ -25,7 +25,8 @@ from headrace.blocks import block_ids, namespace_key, pack_tokens, unpack_tokens
 from headrace.errors import DeadlineExceeded, InvalidArgument, NotFound
 from headrace.models.files import ModelFiles
 from headrace.v1 import tokenizer_pb2 as pb
-from services.tokenizer.service import Tokenizer
+from headrace.v1 import types_pb2
+from services.tokenizer.tokenizer import Tokenizer
 from tests.integration.tokenizer_parts import MODEL, Client, client_of, is_gone, until
 
 KEY = namespace_key("test")
@@ -175,7 +176,7 @@ async def test_the_table_comes_in_pieces(client: Client, tokenizer: Tokenizer) -
     table = pb.DetokenizerTable.FromString(b"".join(pieces))
     assert table.kind == pb.DetokenizerTable.KIND_BYTES
     assert table.tokenizer_digest == tokenizer.digest
-    assert table.data == b"".join(tokenizer.backend.token_bytes)
+    assert table.data == b"".join(tokenizer.backend.texts.pieces)
     assert len(table.lengths) == 2 * len(table.special) == 2 * 49152
     assert list(table.eos_token_ids) == [2]
 
@@ -188,6 +189,9 @@ async def test_tokenizers_and_health_are_told(client: Client, tokenizer: Tokeniz
             tokenizer_digest=tokenizer.digest,
             vocab_size=49152,
             has_chat_template=True,
+            truncation_side="right",
+            padding_side="right",
+            pad_token_id=tokenizer.info(MODEL).pad_id,
         )
     ]
     health: Any = health_pb2_grpc.HealthStub(client.channel)
@@ -230,6 +234,64 @@ async def test_refusals_reach_the_client(client: Client) -> None:
         await client.stub.Encode(too_much)
     assert failed.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert unpack_tokens((await client.encode("still well")).token_ids)
+
+
+async def test_batches_offsets_tools_and_unchecked_text(
+    client: Client, tokenizer: Tokenizer
+) -> None:
+    texts = [f"sentence {i} about wheels" for i in range(2048)]
+    batch = pb.EncodeBatchRequest(model=MODEL, texts=[text.encode() for text in texts])
+    answer = (await client.ask(encode_batch=batch)).encode_batch
+    expected = [tokenizer.backend.encode(text) for text in texts]
+    assert answer.token_ids == b"".join(expected)
+    assert unpack_tokens(answer.counts) == [len(ids) // 4 for ids in expected]
+    assert answer.tokenizer_digest == tokenizer.digest
+    assert await client.stub.EncodeBatch(batch) == answer
+
+    request = pb.EncodeRequest(model=MODEL, text_utf8="Grüße x".encode(), with_offsets=True)
+    encoded = (await client.ask(encode=request)).encode
+    assert encoded.token_ids == tokenizer.backend.encode("Grüße x")
+    assert unpack_tokens(encoded.offsets)[-2:] == [5, 7]
+    cut = await client.encode("a b c d e", max_tokens=2, truncate=True)
+    assert cut.token_ids == tokenizer.backend.encode("a b")
+
+    message = b'{"role": "user", "content": "Hi", "name": "n"}'
+    chat = pb.ChatTemplateInput(
+        messages=[pb.ChatTemplateMessage(message_json=message)],
+        tools_json=b'[{"type": "function"}]',
+        template_args_json=b'{"enable_thinking": false}',
+    )
+    render = pb.RenderChatRequest(model=MODEL, chat=chat)
+    assert "user\nHi" in (await client.ask(render_chat=render)).render_chat.text
+    render.chat.tools_json = b"{"
+    with pytest.raises(InvalidArgument, match="tools is no JSON"):
+        await client.ask(render_chat=render)
+
+
+async def test_bad_utf8_fails_its_call_and_nothing_else(client: Client, service: Process) -> None:
+    others = [asyncio.create_task(client.encode(f"number {i}")) for i in range(50)]
+    request = pb.EncodeRequest(model=MODEL, text_utf8=b"abc\xff")
+    with pytest.raises(InvalidArgument, match=r"text_utf8 is no UTF-8: .* at byte 3") as caught:
+        await client.ask(encode=request)
+    assert caught.value.field == "text_utf8"
+    batch = pb.EncodeBatchRequest(model=MODEL, texts=[b"a", b"\xff"])
+    with pytest.raises(InvalidArgument, match=r"texts\[1\] is no UTF-8"):
+        await client.ask(encode_batch=batch)
+
+    # In a field that protobuf checks: Python's own clients can't send it.
+    good = pb.TokenizeRequest(
+        calls=[pb.TokenizeCall(id=7, encode=pb.EncodeRequest(model=MODEL, text="~~~~"))]
+    )
+    bad = good.SerializeToString().replace(b"~~~~", b"\xff\xfe\xff\xfe")
+    assert isinstance(await _raw_stream(service, bad), grpc.StatusCode)
+    # In chunks it is read after the stream's frame.
+    call = good.calls[0].SerializeToString().replace(b"~~~~", b"\xff\xfe\xff\xfe")
+    chunked = pb.TokenizeRequest(chunks=[types_pb2.Chunk(id=7, data=call, last=True)])
+    answer = await _raw_stream(service, chunked.SerializeToString())
+    assert isinstance(answer, pb.TokenizeResponse)
+    assert "malformed" in answer.results[0].error.message
+    assert all(answer.token_ids for answer in await asyncio.gather(*others))
+    assert client.calls.connected
 
 
 async def test_deadlines_and_cancels_are_honoured(client: Client, service: Process) -> None:
@@ -276,6 +338,21 @@ async def test_killed_workers_are_not_noticed(client: Client, service: Process) 
     for pid in workers:
         os.kill(pid, signal.SIGKILL)
     assert all(answer.token_ids for answer in await asyncio.gather(*tasks))
+
+
+async def _raw_stream(service: Process, frame: bytes) -> pb.TokenizeResponse | grpc.StatusCode:
+    """What one frame on a stream of its own brings: an answer, or the stream's end."""
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{service.port}") as channel:
+        stream: Any = channel.stream_stream(
+            "/headrace.v1.TokenizerService/Tokenize",
+            response_deserializer=pb.TokenizeResponse.FromString,
+        )()
+        try:
+            await stream.write(frame)
+            answer: pb.TokenizeResponse = await stream.read()
+            return answer
+        except grpc.aio.AioRpcError as error:
+            return error.code()
 
 
 @pytest.mark.parametrize(

@@ -6,37 +6,16 @@ import json
 import random
 import sysconfig
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from services.tokenizer.backends import TokenizerSpec
+from services.tokenizer.backends.pre_tokenizers import PreTokenizer
 
 DATA = Path(__file__).resolve().parents[1] / "data"
-
-#: The `pre_tokenizer` of a tokenizer.json, by our name for it. SmolLM2's is as
-#: HuggingFaceTB/SmolLM2-135M-Instruct has it.
-PRE_TOKENIZERS = {
-    "gpt2": {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": True,
-    },
-    "smollm": {
-        "type": "Sequence",
-        "pretokenizers": [
-            {"type": "Digits", "individual_digits": True},
-            {
-                "type": "ByteLevel",
-                "add_prefix_space": False,
-                "trim_offsets": True,
-                "use_regex": True,
-            },
-        ],
-    },
-}
 
 
 def oracle_of(spec: TokenizerSpec) -> Tokenizer:
@@ -46,7 +25,8 @@ def oracle_of(spec: TokenizerSpec) -> Tokenizer:
         models.BPE(vocab=vocab, merges=list(spec.merges), ignore_merges=spec.ignore_merges)
     )
     as_json = json.loads(oracle.to_str())
-    as_json["pre_tokenizer"] = PRE_TOKENIZERS[spec.pre_tokenizer]
+    assert isinstance(spec.pre_tokenizer, PreTokenizer)
+    as_json["pre_tokenizer"] = component_of(spec.pre_tokenizer.huggingface)
     oracle = Tokenizer.from_str(json.dumps(as_json))
     oracle.decoder = decoders.ByteLevel()
     for token in spec.added:
@@ -58,13 +38,23 @@ def oracle_of(spec: TokenizerSpec) -> Tokenizer:
     return oracle
 
 
-def cut_by_oracle(name: str, text: str) -> list[str]:
-    """The words into which the oracle's pre-tokenizer `name` cuts `text`."""
+def component_of(components: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Components in our shortest form as a `pre_tokenizer` of a tokenizer.json."""
+    defaults: dict[str, dict[str, Any]] = {
+        "ByteLevel": {"use_regex": True, "add_prefix_space": False, "trim_offsets": True},
+        "Split": {"invert": False},
+    }
+    parts = [{**defaults.get(part["type"], {}), **part} for part in components]
+    return {"type": "Sequence", "pretokenizers": parts}
+
+
+def cut_by_oracle(components: Sequence[dict[str, Any]], text: str) -> list[str]:
+    """The words into which the oracle cuts `text`."""
     as_json = json.loads(Tokenizer(models.BPE()).to_str())
-    as_json["pre_tokenizer"] = PRE_TOKENIZERS[name]
+    as_json["pre_tokenizer"] = component_of(components)
     cutter = Tokenizer.from_str(json.dumps(as_json)).pre_tokenizer
     assert isinstance(cutter, pre_tokenizers.PreTokenizer)
-    # Offsets count characters; the words themselves are in byte-level letters.
+    # Offsets count characters; the words themselves may be in byte-level letters.
     return [text[start:end] for _, (start, end) in cutter.pre_tokenize_str(text)]
 
 

@@ -18,7 +18,7 @@ from headrace.rpc.errors import from_rpc
 from headrace.rpc.options import CHANNEL, MAX_CHUNKED_LEN
 from headrace.v1 import tokenizer_pb2 as pb
 from headrace.v1.tokenizer_pb2_grpc import TokenizerServiceStub
-from services.gateway.detokenizer import DetokenizerTable
+from services.gateway.detokenizer import DetokenizerTable, TableContent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from services.gateway.generation import GenerationRequest
 
 _UNARY_TIMEOUT_S = 10.0
+_REPLACES_EACH_BYTE = {
+    pb.DetokenizerTable.KIND_BYTES: False,
+    pb.DetokenizerTable.KIND_BYTE_FALLBACK: True,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +123,7 @@ class TokenizerPeer:
                     raise ValueError(f"{model}'s table is longer than {MAX_CHUNKED_LEN} bytes")
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error, self._name) from error
-        return _parse_table(model, b"".join(pieces))
+        return await DetokenizerTable.load(_table_content(model, b"".join(pieces)))
 
 
 def _encode_request(
@@ -142,12 +146,21 @@ def _encode_request(
     return encode
 
 
-def _parse_table(model: str, data: bytes) -> DetokenizerTable:
+def _table_content(model: str, data: bytes) -> TableContent:
     table = pb.DetokenizerTable.FromString(data)
-    if table.kind != pb.DetokenizerTable.KIND_BYTES:
+    if table.kind not in _REPLACES_EACH_BYTE:
         raise ValueError(f"{model}'s detokenizer table is of a kind unknown here: {table.kind}")
-    return DetokenizerTable(
-        table.tokenizer_digest, table.data, table.lengths, table.special, table.eos_token_ids
+    return TableContent(
+        table.tokenizer_digest,
+        table.data,
+        table.lengths,
+        table.special,
+        table.eos_token_ids,
+        replaces_each_byte=_REPLACES_EACH_BYTE[table.kind],
+        strips_first_space=table.strips_first_space,
+        first_ids=table.first_ids,
+        first_data=table.first_data,
+        first_lengths=table.first_lengths,
     )
 
 

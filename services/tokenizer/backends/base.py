@@ -8,13 +8,13 @@ Ids are positions in the vocabulary. Nothing here knows chats, files or processe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from services.tokenizer.backends.token_texts import TokenTexts
 
@@ -73,6 +73,12 @@ class TokenizerSpec:
     added: Sequence[AddedToken] = ()
     normalizer: Callable[[str], str] | None = None
     pre_tokenizer: Words | None = None
+    #: The normalizer and the pre-tokenizer do with each chunk between white space what they
+    #: do with it in any text, and take runs of white space for one space (unless a mark at
+    #: a chunk's edge joins the space). ASCII characters are normalized one by one, and
+    #: ASCII letters in a row are not cut. So with BertNormalizer and BertPreTokenizer; a
+    #: SentencePiece character map that joins spaces, and Metaspace.
+    has_local_chunks: bool = False
     #: Put a space (U+2581 for SentencePiece's families) before the text, if it does not
     #: begin with one: "first" where nothing stands before, "always" after added tokens too.
     prepend_space: Literal["never", "first", "always"] = "never"

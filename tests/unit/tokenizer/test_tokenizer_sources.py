@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from headrace.errors import StartupError
-from headrace.models.files import ModelFiles
+from headrace.models.files import ModelFiles, from_path
 from services.tokenizer.backends import read_spec
+from services.tokenizer.backends.pre_tokenizers import PRE_TOKENIZERS
 
 GOOD: dict[str, Any] = {
     "tokenizer.ggml.model": "gpt2",
@@ -57,7 +58,7 @@ def _value(value: Any) -> bytes:
 
 def test_metadata_is_read(tmp_path: Path) -> None:
     spec = read_spec(write_gguf(tmp_path / "m.gguf", GOOD))
-    assert spec.pre_tokenizer == "gpt2"
+    assert spec.pre_tokenizer is PRE_TOKENIZERS["gpt2"]
     assert spec.merges == [("a", "b")]
     assert [(t.content, t.is_special) for t in spec.added] == [
         ("<s>", True),
@@ -74,8 +75,8 @@ def test_metadata_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "named"),
     [
-        ("model", "llama", "tokenizer model 'llama' is not supported"),
-        ("pre", "tekken", "pre-tokenizer 'tekken' is not supported"),
+        ("model", "rwkv", "tokenizer model 'rwkv' is not supported"),
+        ("pre", "chameleon", "pre-tokenizer 'chameleon' is not supported"),
         ("pre", None, "tokenizer.ggml.pre is missing"),
         ("tokens", 3, "tokenizer.ggml.tokens is malformed"),
         ("token_type", [1], "6 tokens have 1 types"),
@@ -100,3 +101,45 @@ def test_a_bad_tokenizer_json_is_a_clear_error(content: str | None, tmp_path: Pa
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(StartupError, match=str(tmp_path)):
         read_spec(ModelFiles("m", "huggingface", tmp_path))
+
+
+def test_a_tokenizer_alone_is_a_model(tmp_path: Path) -> None:
+    file = tmp_path / "o200k_base.tiktoken"
+    file.write_bytes(b"YQ== 0\nYg== 1\nYWI= 2\n")
+    for path in (tmp_path, file):
+        files = from_path(path, "m")
+        spec = read_spec(files)
+        assert spec.tokens == ["a", "b", "ab"]
+        assert spec.token_ranks == [0.0, 1.0, 2.0]
+        assert spec.pre_tokenizer is PRE_TOKENIZERS["o200k"]
+        assert len({files.revision(), files.tokenizer_digest()}) == 2
+    digest = from_path(file).tokenizer_digest()
+    file.write_bytes(b"YQ== 0\n")
+    assert from_path(file).tokenizer_digest() != digest
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("strange.tiktoken", b"YQ== 0\n", "its pattern is not known"),
+        ("o200k_base.tiktoken", b"", "no ranks"),
+        ("o200k_base.tiktoken", b"!! 0\n", "malformed"),
+        ("tekken.json", b"{}", "malformed"),
+        ("tokenizer.model", b"", "the model type|no pieces"),
+        ("tokenizer.model", b"\xff\xff", "can't be read"),
+    ],
+)
+def test_a_bad_tokenizer_file_is_a_clear_error(
+    name: str, content: bytes, named: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(StartupError, match=named) as caught:
+        read_spec(from_path(tmp_path / name, "m"))
+    assert name in str(caught.value)
+
+
+def test_several_tokenizers_must_be_told_apart(tmp_path: Path) -> None:
+    for name in ("a.tiktoken", "b.model.v3"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(StartupError, match="several tokenizers"):
+        read_spec(from_path(tmp_path, "m"))
