@@ -5,6 +5,7 @@ Loading, prefill and decode of the engine in this process, with no service aroun
 has no peer: `ratios` is empty, and comparisons are other scripts' questions.
 
     python benchmarks/engine.py [--quick] [--model NAME] [--dtype auto] [--threads 2]
+    python benchmarks/engine.py --plot FILE.png      what a decode step costs, see step_cost.py
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from dataclasses import dataclass
 
 from harness.report import Spread, last_line, table, versions
+from harness.step_cost import fit, measure_steps, plot
 
 from headrace.blocks import namespace_key
 from headrace.models.store import resolve
@@ -89,6 +91,29 @@ def _figure(spread: Spread) -> list[float]:
     return [round(value, 1) for value in (spread.median, spread.low, spread.high)]
 
 
+def _step_cost(args: argparse.Namespace) -> None:
+    costs = measure_steps(args.model, args.dtype, args.threads, repeats=2 if args.quick else 5)
+    plot(costs, args.plot)
+    model = fit(costs)
+    contexts = sorted({context for _, context in costs})
+    batches = sorted({batch for batch, _ in costs})
+    rows = [[str(b), *(f"{costs[b, c]:.1f}" for c in contexts)] for b in batches]
+    print(f"{args.model}, dtype {args.dtype}: ms of a decode step, by batch and context\n")
+    print(table(["batch", *map(str, contexts)], rows))
+    print(
+        f"\nstep = {model.base_ms:.1f} ms + {model.per_sequence_ms:.2f} ms · batch + "
+        f"{model.per_token_us:.3f} µs · batch · context, r² = {model.r2:.4f}"
+    )
+    print(f"plotted to {args.plot}")
+    figures = {
+        "step_base_ms": round(model.base_ms, 2),
+        "step_per_sequence_ms": round(model.per_sequence_ms, 3),
+        "step_per_cached_token_us": round(model.per_token_us, 4),
+        "linear_r2": round(model.r2, 4),
+    }
+    print(last_line("engine", ratios={}, figures=figures, versions=versions("torch", "numpy")))
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -96,7 +121,11 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
+    parser.add_argument("--plot", metavar="FILE", help="a decode step's cost by batch and context")
     args = parser.parse_args()
+    if args.plot:
+        _step_cost(args)
+        return
 
     started = time.perf_counter()
     engine = start(args)

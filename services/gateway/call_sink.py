@@ -28,6 +28,9 @@ class Pending:
 
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    #: Packed, see headrace.logprobs.
+    logprobs: bytearray = field(default_factory=bytearray)
+    prompt_logprobs: bytearray = field(default_factory=bytearray)
     reason: EndReason | None = None
 
 
@@ -64,17 +67,20 @@ class CallSink:
         self._len = 0
         return pending
 
-    def on_delta(self, index: int, text: str, token_ids: list[int]) -> None:
-        if self.is_over:
-            return
-        self._len += len(text) + _TOKEN_LEN * len(token_ids)
-        if self._len > self._max_len:
-            self._overflow()
+    def on_delta(self, index: int, text: str, token_ids: list[int], logprobs: bytes = b"") -> None:
+        if not self._has_room(len(text) + _TOKEN_LEN * len(token_ids) + len(logprobs)):
             return
         pending = self._of(index)
         pending.text.append(text)
         pending.token_ids += token_ids
+        if logprobs:
+            pending.logprobs += logprobs
         self._wake()
+
+    def on_prompt_logprobs(self, index: int, data: bytes) -> None:
+        if self._has_room(len(data)):
+            self._of(index).prompt_logprobs += data
+            self._wake()
 
     def on_end(self, index: int, reason: EndReason) -> None:
         self._of(index).reason = reason
@@ -89,6 +95,16 @@ class CallSink:
         if not self.is_over:
             self.error = error
         self._wake()
+
+    def _has_room(self, num_bytes: int) -> bool:
+        """Whether something is to be kept; what does not fit ends the request."""
+        if self.is_over:
+            return False
+        self._len += num_bytes
+        if self._len > self._max_len:
+            self._overflow()
+            return False
+        return True
 
     def _of(self, index: int) -> Pending:
         pending = self._pending.get(index)

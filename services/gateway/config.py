@@ -12,7 +12,10 @@ class GatewayConfig:
     """One gateway: its two edges, its peers, its limits. Times in seconds, lengths in bytes."""
 
     tokenizer: str = option(help="address of the tokenizer service", metavar="HOST:PORT")
-    router: str = option(help="address of the router service", metavar="HOST:PORT")
+    router: tuple[str, ...] = option(
+        help="address of the router service, or of several (repeat, or separate by commas)",
+        metavar="HOST:PORT",
+    )
     http: str = option(
         "127.0.0.1:8080", help="where to serve the OpenAI-compatible API", metavar="HOST:PORT"
     )

@@ -63,8 +63,15 @@ class Sink(Protocol):
     `on_error` nothing more comes.
     """
 
-    def on_delta(self, index: int, text: str, token_ids: list[int]) -> None:
-        """Sequence `index` grew. `text` never ends inside a character; it may be empty."""
+    def on_delta(self, index: int, text: str, token_ids: list[int], logprobs: bytes = b"") -> None:
+        """Sequence `index` grew. `text` never ends inside a character; it may be empty.
+
+        `logprobs` has a record for each of `token_ids`, if the request asks for them
+        (see headrace.logprobs)."""
+
+    def on_prompt_logprobs(self, index: int, data: bytes) -> None:
+        """The next records of the prompt's tokens, if the request asks for them; all come
+        before the sequence's first token."""
 
     def on_end(self, index: int, reason: EndReason) -> None:
         """Sequence `index` is complete."""

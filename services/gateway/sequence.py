@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 
 from headrace.blocks import pack_tokens
 from headrace.errors import Internal, Unavailable
+from headrace.logprobs import record_len
 from services.gateway.detokenizer import Detokenizer
 from services.gateway.stop_strings import StopMatcher
 
 if TYPE_CHECKING:
+    from headrace.errors import HeadraceError
     from headrace.params import SamplingParams
     from services.gateway.generation import EndReason
     from services.gateway.leg import Leg
@@ -36,7 +38,11 @@ class Sequence:
         "_detokenizer",
         "_hidden",
         "_matcher",
+        "_num_prompt_bytes",
+        "_num_repeated",
+        "_record_len",
         "_request",
+        "_scores",
         "attempts",
         "cached_tokens",
         "failed_on",
@@ -76,7 +82,14 @@ class Sequence:
         #: Ids of workers where it failed.
         self.failed_on: set[str] = set()
         self._request = request
-        self._detokenizer = Detokenizer(model.table)
+        # A chat's answer is a text of its own: so it stands in its template again, next turn.
+        self._detokenizer = Detokenizer(model.table, goes_on=request.request.messages is None)
+        #: Bytes of a token's log probabilities, 0 if nobody asks; those that came in.
+        self._record_len = 0 if sampling.logprobs is None else record_len(sampling.logprobs)
+        self._scores = bytearray()
+        #: Bytes of the prompt's that were delivered, and that a next worker will repeat.
+        self._num_prompt_bytes = 0
+        self._num_repeated = 0
         self._matcher = StopMatcher(stops) if stops else None
         hidden = frozenset(sampling.stop_token_ids)
         self._hidden = hidden if sampling.ignore_eos else hidden | model.table.eos_token_ids
@@ -88,8 +101,13 @@ class Sequence:
 
     def natural_end(self, max_len: int) -> EndReason | None:
         """Why it is complete although no worker said so; `max_len` tokens fit the context."""
-        if self.generated and self.generated[-1] in self._hidden:
-            return "stop"
+        generated = self.generated
+        if generated and len(generated) >= self.sampling.min_tokens:
+            if generated[-1] in self._hidden:
+                return "stop"
+            for ids in self.sampling.stop_token_sequences:
+                if tuple(generated[-len(ids) :]) == ids:
+                    return "stop"
         if len(self.generated) >= min(self.sampling.max_tokens or max_len, max_len):
             return "length"
         return None
@@ -99,6 +117,9 @@ class Sequence:
     def on_tokens(self, token_ids: list[int]) -> None:
         if self.reason is not None:
             return
+        if len(self._scores) < len(token_ids) * self._record_len:
+            # The worker sent fewer than it promised.
+            raise Internal
         if not self.progressed:
             self.progressed = True
             self._request.first_token_of(self)
@@ -107,7 +128,17 @@ class Sequence:
             return
         self.generated.extend(token_ids)
         shown = token_ids[:-1] if token_ids[-1] in self._hidden else token_ids
-        self._request.sink.on_delta(self.index, self._detokenizer.push(shown), token_ids)
+        self._show(self._detokenizer.push(shown), token_ids)
+
+    def on_logprobs(self, tokens: bytes, prompt: bytes) -> None:
+        if self.reason is not None:
+            return
+        self._scores += tokens
+        repeated = min(len(prompt), self._num_repeated)
+        self._num_repeated -= repeated
+        if new := prompt[repeated:]:
+            self._num_prompt_bytes += len(new)
+            self._request.sink.on_prompt_logprobs(self.index, new)
 
     def on_end(self, end: End) -> None:
         self.ticket = None
@@ -117,9 +148,9 @@ class Sequence:
         elif end.reason == "stop" or end.reason == "length":
             self.finish(end.reason)
         elif end.reason == "cancelled":
-            self._request.move(self, Unavailable("the worker stopped it"), died=False)
+            self._move(Unavailable("the worker stopped it"), died=False)
         elif isinstance(end.error, (Unavailable, Internal)):
-            self._request.move(self, end.error, died=isinstance(end.error, Internal))
+            self._move(end.error, died=isinstance(end.error, Internal))
         else:
             self._request.fail(end.error or Internal())
 
@@ -128,7 +159,23 @@ class Sequence:
         if self.reason is not None:
             self._request.over(self)
         else:
-            self._request.move(self, Unavailable(reason), died=died)
+            self._move(Unavailable(reason), died=died)
+
+    def _move(self, error: HeadraceError, *, died: bool) -> None:
+        # The next worker begins with the prompt's scores if no token was generated.
+        self._num_repeated = self._num_prompt_bytes
+        self._scores.clear()
+        self._request.move(self, error, died=died)
+
+    def _show(self, text: str, token_ids: list[int]) -> None:
+        """Give the sink what came, with its log probabilities if there are to be any."""
+        if not self._record_len:
+            self._request.sink.on_delta(self.index, text, token_ids)
+            return
+        length = len(token_ids) * self._record_len
+        scores = bytes(self._scores[:length])
+        del self._scores[:length]
+        self._request.sink.on_delta(self.index, text, token_ids, scores)
 
     # How it ends.
 
@@ -157,11 +204,11 @@ class Sequence:
             shown.append(text)
             if matched:
                 self.reason = "stop"
-                self._request.sink.on_delta(self.index, "".join(shown), token_ids[:count])
+                self._show("".join(shown), token_ids[:count])
                 self._request.sink.on_end(self.index, "stop")
                 self._request.stopped(self)
                 return
-        self._request.sink.on_delta(self.index, "".join(shown), token_ids)
+        self._show("".join(shown), token_ids)
 
 
 def seed_of(seed: int, index: int) -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from headrace import telemetry
 from headrace.errors import InvalidArgument
+from headrace.logprobs import unpack
 from headrace.rpc.convert import sampling_from_proto
 from headrace.rpc.errors import abort, from_exception
 from headrace.v1 import inference_pb2 as pb
@@ -57,7 +58,7 @@ class InferenceServicer(InferenceServiceServicer):
                 await sink.wait()
                 # Read before taking: more may come while the client takes its time.
                 is_over = sink.is_over
-                for response in _responses(parsed.request_id, sink):
+                for response in _responses(parsed, sink):
                     yield response
             if sink.error is not None:
                 raise sink.error
@@ -98,14 +99,16 @@ def parse_request(
     )
 
 
-def _responses(request_id: str, sink: CallSink) -> list[pb.GenerateResponse]:
+def _responses(request: GenerationRequest, sink: CallSink) -> list[pb.GenerateResponse]:
     """All that waits, one response per sequence; the usage on the call's last."""
     responses = [
         pb.GenerateResponse(
-            request_id=request_id,
+            request_id=request.request_id,
             index=index,
             text="".join(pending.text),
             token_ids=pending.token_ids,
+            logprobs=_logprobs(pending.logprobs, request.sampling.logprobs),
+            prompt_logprobs=_logprobs(pending.prompt_logprobs, request.sampling.prompt_logprobs),
             finish_reason=_FINISH_REASONS[pending.reason]
             if pending.reason
             else types_pb2.FINISH_REASON_UNSPECIFIED,
@@ -114,9 +117,22 @@ def _responses(request_id: str, sink: CallSink) -> list[pb.GenerateResponse]:
     ]
     if sink.usage is not None:
         if not responses:
-            responses.append(pb.GenerateResponse(request_id=request_id))
+            responses.append(pb.GenerateResponse(request_id=request.request_id))
         responses[-1].usage.CopyFrom(_usage(sink.usage))
     return responses
+
+
+def _logprobs(data: bytearray, count: int | None) -> list[pb.TokenLogprobs]:
+    if not data:
+        return []
+    return [
+        pb.TokenLogprobs(chosen=_logprob(record.chosen), top=map(_logprob, record.top))
+        for record in unpack(data, count or 0)
+    ]
+
+
+def _logprob(entry: tuple[int, float]) -> pb.TokenLogprob:
+    return pb.TokenLogprob(token_id=entry[0], logprob=entry[1])
 
 
 def _usage(usage: Usage) -> types_pb2.Usage:

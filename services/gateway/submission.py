@@ -53,6 +53,10 @@ class Listener(Protocol):
     def on_tokens(self, token_ids: list[int]) -> None:
         """The sequence grew by these, in order."""
 
+    def on_logprobs(self, tokens: bytes, prompt: bytes) -> None:
+        """Packed log probabilities (see headrace.logprobs) of the tokens that come next,
+        and of the next tokens of the prompt. Only if asked for."""
+
     def on_end(self, end: End) -> None:
         """The worker is done with it."""
 

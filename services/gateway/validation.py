@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 MAX_STOP_LEN = 256
 #: Bytes of a role, of a tenant's or a session's name.
 MAX_NAME_LEN = 256
-MAX_STOP_TOKEN_IDS = 256
 
 
 def check_request(request: GenerationRequest) -> None:
@@ -72,12 +71,6 @@ def _check_stops(request: GenerationRequest) -> None:
                 f"stop[{index}] must have 1 to {MAX_STOP_LEN} characters, not {len(stop)}",
                 field=f"stop[{index}]",
             )
-    num_stop_ids = len(request.sampling.stop_token_ids)
-    if num_stop_ids > MAX_STOP_TOKEN_IDS:
-        raise InvalidArgument(
-            f"stop_token_ids must hold at most {MAX_STOP_TOKEN_IDS} ids, not {num_stop_ids}",
-            field="stop_token_ids",
-        )
 
 
 def check_prompt_len(num_tokens: int, context_len: int) -> None:

@@ -355,6 +355,11 @@ class WorkerStream:
             return
         if frame.frame:
             self._acknowledge_later()
+        for scores in frame.logprobs:
+            listener = self._listeners.get(scores.slot)
+            if listener is not None:
+                with self._guard(scores.slot):
+                    listener.on_logprobs(scores.tokens, scores.prompt)
         if frame.slots:
             self._deliver(list(frame.slots), list(frame.token_ids))
         for end in frame.ends:

@@ -73,6 +73,7 @@ def check(submission: Submission, info: EngineInfo) -> Submission:
     _check_ids(submission, info)
     sampling = submission.sampling.validate()
     _check_supported(sampling, info)
+    sampling.check_vocabulary(info.vocab_size)
     if sampling.seed is None or sampling.max_tokens is None:
         field = "seed" if sampling.seed is None else "max_tokens"
         raise InvalidArgument(f"{field} must be set in a submission", field=field)

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
-from headrace import status
+from headrace import redis_servers, status
 from headrace.models.store import resolve
 from headrace.registry import redact
 from headrace.rpc.server import Server, advertised
@@ -35,6 +35,7 @@ class EngineDied(Exception):
 async def run(config: WorkerConfig, stop: asyncio.Event) -> None:
     """Serve until `stop`. Raises StartupError, EngineDied."""
     status.report("starting")
+    redis_servers.servers(config.redis)  # A bad URL is said before a long load.
     files = resolve(config.model)
     server = Server(config.listen, [SERVICE_NAME])
     servicer = WorkerServicer()

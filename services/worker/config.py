@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from headrace.config import option
+from headrace.registry import LEASE_TTL_MS
 from services.worker.engine import EngineConfig
 
 
@@ -21,7 +22,12 @@ class WorkerConfig:
         "redis://127.0.0.1:6379/0", help="where ownership is published", metavar="URL"
     )
     worker_id: str | None = option(None, help="name of this worker, if not its address")
-    partitions: int = option(1, help="partitions of the model's workers in Redis; all agree on it")
+    partitions: int = option(
+        1, help="partitions of the model's workers in Redis, if this worker is the model's first"
+    )
+    lease_ttl_ms: int = option(
+        LEASE_TTL_MS, help="how long Redis believes in this worker without hearing of it"
+    )
     engine: str = option("torch", help="what computes: torch or sim")
     dtype: str = option("auto", help="type of weights and KV cache")
     device: str = option("auto", help="cpu, cuda or cuda:N")
@@ -32,6 +38,9 @@ class WorkerConfig:
     context_len: int = option(0, help="longest sequence; 0: what the model says")
     max_step_tokens: int = option(512, help="tokens that one step computes at most")
     max_sequences: int = option(64, help="sequences that one step runs at most")
+    deterministic: bool = option(
+        False, help="the same logits, to the bit, in any batch; refused where that can't be"
+    )
     sim_prefill_ms_per_token: float = option(0.1, help="sim: time that a prompt token takes")
     sim_step_ms: float = option(10.0, help="sim: time that a step takes at least")
     sim_step_ms_per_sequence: float = option(0.0, help="sim: time that a decoded sequence adds")
@@ -53,6 +62,7 @@ class WorkerConfig:
             context_len=self.context_len,
             max_step_tokens=self.max_step_tokens,
             max_sequences=self.max_sequences,
+            deterministic=self.deterministic,
             sim_prefill_ms_per_token=self.sim_prefill_ms_per_token,
             sim_step_ms=self.sim_step_ms,
             sim_step_ms_per_sequence=self.sim_step_ms_per_sequence,

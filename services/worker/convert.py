@@ -12,6 +12,7 @@ from services.worker.admission import Submission
 if TYPE_CHECKING:
     from services.worker.dispatch import End
     from services.worker.engine import EngineStats
+    from services.worker.single import Output
 
 _REASONS = {
     "stop": types_pb2.FINISH_REASON_STOP,
@@ -68,6 +69,18 @@ def end(ended: End) -> worker_pb2.SequenceEnd:
             queue_ms=ended.queue_ms, prefill_ms=ended.prefill_ms, decode_ms=ended.decode_ms
         ),
         stopped_by_token=ended.stopped_by_token,
+    )
+
+
+def sequence_output(output: Output) -> worker_pb2.GenerateSequenceResponse:
+    """What one sequence brought."""
+    scores = None
+    if output.scores or output.prompt_scores:
+        scores = worker_pb2.SequenceLogprobs(tokens=output.scores, prompt=output.prompt_scores)
+    return worker_pb2.GenerateSequenceResponse(
+        token_ids=output.tokens,
+        end=None if output.end is None else end(output.end),
+        logprobs=scores,
     )
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from headrace import telemetry
 from headrace.errors import DeadlineExceeded, HeadraceError, InvalidArgument
+from headrace.logprobs import record_len
 from headrace.rpc.errors import from_exception
 from services.worker import admission, tracing
 from services.worker.engine import EndReason
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from services.worker.engine import EngineInfo, SequenceEnd, StepOutput
 
 log = logging.getLogger("headrace.worker")
+
+#: Bytes of a prompt's log probabilities, whole records, that are passed on at a time.
+_PROMPT_SCORES_LEN = 16 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,11 @@ class Outlet(Protocol):
     #: New tokens, in order: the sequence slots[i] got tokens[i]. Appended to here.
     slots: array[int]
     tokens: array[int]
+
+    def score(self, slot: int, data: bytes, *, prompt: bool) -> None:
+        """Log probabilities (see headrace.logprobs) of the token of `slot` that comes next,
+        or of the next tokens of its prompt: whole records, far fewer than fill a frame.
+        Only for sequences that asked."""
 
     def end(self, end: End) -> None:
         """A sequence ended; all its tokens are in `tokens` already."""
@@ -136,6 +145,7 @@ class Sequences:
                 namespace_key=submission.namespace_key,
                 priority=submission.priority,
                 tenant=submission.tenant,
+                timeout_ms=submission.timeout_ms,
             )
         )
         return self._last_id
@@ -162,12 +172,17 @@ class Sequences:
         """Deal a step's tokens and ends."""
         live = self._live
         touched: set[Outlet] = set()
-        for sequence_id, token_id in zip(output.sequence_ids, output.token_ids, strict=True):
+        if output.prompt_logprobs:
+            self._score_prompts(output, touched)
+        scores = output.logprobs
+        for at, sequence_id in enumerate(output.sequence_ids):
             sequence = live.get(sequence_id)
             if sequence is not None:
                 outlet = sequence.outlet
+                if scores and at in scores:
+                    outlet.score(sequence.slot, scores[at], prompt=False)
                 outlet.slots.append(sequence.slot)
-                outlet.tokens.append(token_id)
+                outlet.tokens.append(output.token_ids[at])
                 touched.add(outlet)
         for end in output.ends:
             sequence = self._pop(end.sequence_id)
@@ -176,6 +191,16 @@ class Sequences:
                 touched.add(sequence.outlet)
         for outlet in touched:
             outlet.flush()
+
+    def _score_prompts(self, output: StepOutput, touched: set[Outlet]) -> None:
+        for sequence_id, data in output.prompt_logprobs.items():
+            sequence = self._live.get(sequence_id)
+            if sequence is not None:
+                length = record_len(sequence.submission.sampling.prompt_logprobs or 0)
+                piece = _PROMPT_SCORES_LEN // length * length
+                for start in range(0, len(data), piece):
+                    sequence.outlet.score(sequence.slot, data[start : start + piece], prompt=True)
+                touched.add(sequence.outlet)
 
     def _pop(self, sequence_id: int) -> _Live | None:
         live = self._live.pop(sequence_id, None)

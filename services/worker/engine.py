@@ -39,6 +39,8 @@ class EngineConfig:
     #: Tokens that one step computes at most, and sequences it runs at most.
     max_step_tokens: int = 512
     max_sequences: int = 64
+    #: Refuse to start unless logits are the same bits in any batch and any chunking.
+    deterministic: bool = False
     #: sim: what steps take.
     sim_prefill_ms_per_token: float = 0.1
     sim_step_ms: float = 10.0
@@ -80,6 +82,9 @@ class SequenceRequest:
     namespace_key: bytes
     priority: int = 0
     tenant: str = ""
+    #: What is left of its deadline, by which the scheduler orders; 0: none. Nothing
+    #: ends a sequence that misses it: who submitted it cancels it.
+    timeout_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +125,10 @@ class EngineStats:
 class StepOutput:
     """What one step brought.
 
-    `sequence_ids[i]` got `token_ids[i]`, in order. `stored` and `removed` are the
-    net change of the prefix cache in short block ids: no id is in both.
+    `sequence_ids[i]` got `token_ids[i]`, in order, with the record `logprobs[i]`, if it
+    asked (packed, see headrace.logprobs); `prompt_logprobs` has, by sequence id, the
+    next records of its prompt, all of which come before its first token. `stored` and
+    `removed` are the net change of the prefix cache in short block ids: no id is in both.
     """
 
     step: int
@@ -131,6 +138,8 @@ class StepOutput:
     stored: list[int] = field(default_factory=list)
     removed: list[int] = field(default_factory=list)
     stats: EngineStats = field(default_factory=EngineStats)
+    logprobs: dict[int, bytes] = field(default_factory=dict)
+    prompt_logprobs: dict[int, bytes] = field(default_factory=dict)
 
 
 class Engine(Protocol):

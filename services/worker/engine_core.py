@@ -1,6 +1,7 @@
 """What all stepped engines share: sequences, scheduling, KV blocks, their events.
 
     core = EngineCore(info, runner, clock, max_step_tokens=512, max_sequences=64)
+    core = EngineCore(…, kv_groups=group_layers(windows))    # of a model with windowed layers
 
 `EngineCore` is the Engine protocol less loading. Each step it asks the scheduler
 what to compute, makes a plan of that, has the runner execute it, and applies the
@@ -8,27 +9,38 @@ result. An engine composes it with a runner of its own. It knows no tensors, no
 model and no clock but the one handed in.
 
 Between steps, a sequence is in `_running` (it holds blocks) or in `_waiting` (it
-holds none), both in the scheduler's order, and in `_sequences`; or it has ended.
+holds none), and in `_sequences`; or it has ended.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import Counter
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from headrace.errors import StartupError
 from services.worker.engine import EngineStats, StepOutput
-from services.worker.kv import BlockManager
-from services.worker.plan import ScheduledSequence, StepPlan
-from services.worker.scheduling import CachedPrefix, Snapshot, blocks_for, schedule
+from services.worker.kv import BlockManager, KVGroup, capacity, most_blocks, reach
+from services.worker.plan import NO_SCORES, BlockTable, ScheduledSequence, StepPlan, StepResult
+from services.worker.scheduling import (
+    DECODE_COST,
+    PREFILL_COST,
+    CachedPrefix,
+    Groups,
+    Snapshot,
+    TenantCounters,
+    WaitingQueue,
+    schedule,
+)
 from services.worker.scheduling.sequence import SequenceState, fault
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from headrace.blocks import BlockId
     from services.worker.engine import EndReason, EngineInfo, SequenceEnd, SequenceRequest
-    from services.worker.plan import Runner, StepResult
+    from services.worker.plan import Runner
     from services.worker.scheduling import Chunk, Decision, Schedulable
 
 _ORDER = attrgetter("order")
@@ -50,6 +62,7 @@ class EngineCore:
         *,
         max_step_tokens: int,
         max_sequences: int,
+        kv_groups: Sequence[KVGroup] = (KVGroup(()),),
     ) -> None:
         if max_sequences < 1:
             raise StartupError(f"max_sequences must be 1 or more, not {max_sequences}")
@@ -63,10 +76,19 @@ class EngineCore:
         self._clock = clock
         self._max_step_tokens = max_step_tokens
         self._max_sequences = max_sequences
-        self._blocks = BlockManager(info.total_blocks)
+        size, total = info.block_size, info.total_blocks
+        self._windows = [group.window for group in kv_groups]
+        self._has_windows = any(window is not None for window in self._windows)
+        limits = [most_blocks(w, size, max_step_tokens) for w in self._windows if w is not None]
+        self._groups = Groups(len(kv_groups) - len(limits), tuple(limits))
+        self._max_len = min(info.context_len, capacity(kv_groups, total, size, max_step_tokens))
+        self._blocks = BlockManager(total, [reach(window, size) for window in self._windows])
         self._sequences: dict[int, SequenceState] = {}
         self._running: list[SequenceState] = []
-        self._waiting: list[SequenceState] = []
+        self._tenants = TenantCounters()
+        self._waiting: WaitingQueue[SequenceState] = WaitingQueue(self._tenants)
+        #: Ids of full blocks that running prefills will compute -> how many of them.
+        self._coming: Counter[BlockId] = Counter()
         #: Ends of what was refused or cancelled since the last step.
         self._ends: list[SequenceEnd] = []
         self._num_waiting_tokens = 0
@@ -82,13 +104,14 @@ class EngineCore:
             if request.sequence_id in self._sequences:
                 raise ValueError(f"sequence {request.sequence_id} is here already")
             self._num_arrived += 1
-            sequence = SequenceState(request, self.info, self._num_arrived, now)
-            if error := fault(request, self.info):
+            sequence = SequenceState(request, self.info, self._max_len, self._num_arrived, now)
+            if error := fault(request, self.info, self._max_len):
                 self._ends.append(sequence.end("error", now, error))
             elif request.generated_ids and (reason := sequence.ending()):
                 self._ends.append(sequence.end(reason, now))
             else:
                 self._sequences[sequence.sequence_id] = sequence
+                self._tenants.enter(sequence.tenant)
                 self._wait(sequence)
 
     def cancel(self, sequence_ids: Sequence[int]) -> None:
@@ -98,12 +121,11 @@ class EngineCore:
             sequence = self._sequences.get(sequence_id)
             if sequence is None:
                 continue
-            if sequence.block_table:
-                self._finish(sequence, "cancelled", now, self._ends)
+            if sequence.tables:
+                self._stop_running(sequence)
             else:
                 self._unwait(sequence)
-                del self._sequences[sequence_id]
-                self._ends.append(sequence.end("cancelled", now))
+            self._finish(sequence, "cancelled", now, self._ends)
 
     def has_work(self) -> bool:
         """See Engine.has_work."""
@@ -115,6 +137,7 @@ class EngineCore:
         ends, self._ends = self._ends, []
         sequence_ids: list[int] = []
         token_ids: list[int] = []
+        result = StepResult([])
         if self._sequences:
             decision = schedule(self._snapshot())
             scheduled, plan = self._apply(decision, started)
@@ -125,11 +148,16 @@ class EngineCore:
             for sequence, token in _sampled(scheduled, plan, result):
                 sequence_ids.append(sequence.sequence_id)
                 token_ids.append(token)
+                self._tenants.charge(sequence.tenant, DECODE_COST)
                 if reason := sequence.append(token, now):
+                    self._stop_running(sequence)
                     self._finish(sequence, reason, now, ends)
         self._step += 1
         stored, removed = self._blocks.take_changes()
-        return StepOutput(self._step, sequence_ids, token_ids, ends, stored, removed, self.stats())
+        return StepOutput(
+            self._step, sequence_ids, token_ids, ends, stored, removed, self.stats(),
+            result.logprobs, result.prompt_logprobs,
+        )  # fmt: skip
 
     def stats(self) -> EngineStats:
         """See Engine.stats."""
@@ -156,14 +184,21 @@ class EngineCore:
 
     def check(self) -> None:
         """Raise AssertionError if blocks or sequences are out of order. For tests."""
-        self._blocks.check([item.block_table for item in self._running])
-        for queue in (self._running, self._waiting):
-            assert queue == sorted(queue, key=_ORDER)
-        for item in self._waiting:
+        self._blocks.check([table for item in self._running for table in item.tables])
+        assert self._running == sorted(self._running, key=_ORDER)
+        waiting = list(self._waiting)
+        assert len(waiting) == len(self._waiting)
+        for item in waiting:
             assert item.num_blocks == item.num_computed == item.num_registered == 0
-        everything = {item.sequence_id: item for item in self._running + self._waiting}
+        everything = {item.sequence_id: item for item in self._running + waiting}
         assert everything == self._sequences
-        assert self._num_waiting_tokens == sum(item.num_tokens for item in self._waiting)
+        assert self._num_waiting_tokens == sum(item.num_tokens for item in waiting)
+        for item in self._running:
+            lengths = {a + len(b) for a, b in zip(item.firsts, item.tables, strict=True)}
+            assert lengths == {item.num_blocks}
+        coming = (self._coming_of(item) for item in self._running if item.is_prefilling)
+        assert self._coming == Counter(block_id for ids in coming for block_id in ids)
+        self._tenants.check(Counter(item.tenant for item in self._sequences.values()))
 
     def _snapshot(self) -> Snapshot:
         return Snapshot(
@@ -175,19 +210,27 @@ class EngineCore:
             max_sequences=self._max_sequences,
             cached_prefix=self._cached_prefix,
             num_exclusive_blocks=self._num_exclusive_blocks,
+            groups=self._groups,
+            coming=self._coming,
         )
 
     def _cached_prefix(self, item: Schedulable) -> CachedPrefix:
-        found = self._find_prefix(self._sequences[item.sequence_id])
-        return CachedPrefix(len(found), self._blocks.num_unused(found))
+        sequence = self._sequences[item.sequence_id]
+        ids = self._reusable_ids(sequence)
+        if sequence.num_scored < sequence.num_prompt_tokens:
+            # What is cached has no logits: the token before the next scored one is computed.
+            ids = ids[: (sequence.num_scored - 1) // self.info.block_size]
+        count, tables = self._blocks.find_prefix(ids)
+        num_unused = sum(self._blocks.num_unused(table) for table in tables)
+        return CachedPrefix(count, num_unused, ids[count] if count < len(ids) else None)
 
-    def _find_prefix(self, sequence: SequenceState) -> list[int]:
+    def _reusable_ids(self, sequence: SequenceState) -> list[BlockId]:
         # The last token is always computed: its logits choose the next one.
-        reusable = (sequence.num_tokens - 1) // self.info.block_size
-        return self._blocks.find_prefix(sequence.block_ids(reusable))
+        return sequence.block_ids((sequence.num_tokens - 1) // self.info.block_size)
 
     def _num_exclusive_blocks(self, item: Schedulable) -> int:
-        return self._blocks.num_exclusive(self._sequences[item.sequence_id].block_table)
+        tables = self._sequences[item.sequence_id].tables
+        return sum(self._blocks.num_exclusive(table) for table in tables)
 
     def _apply(self, decision: Decision, now: float) -> tuple[list[SequenceState], StepPlan]:
         """Move sequences and blocks as decided; what the runner has to compute for which."""
@@ -201,35 +244,54 @@ class EngineCore:
         for chunk in (*decision.decodes, *decision.prefills, *decision.admissions):
             sequence = known[chunk.sequence_id]
             if chunk.num_new_blocks:
-                sequence.block_table += self._blocks.allocate(chunk.num_new_blocks)
+                for table in sequence.tables:
+                    table += self._blocks.allocate(chunk.num_new_blocks)
             scheduled.append(sequence)
             items.append(self._item(sequence, chunk.num_tokens))
         return scheduled, StepPlan(items)
 
     def _item(self, sequence: SequenceState, num_tokens: int) -> ScheduledSequence:
         start, end = sequence.num_computed, sequence.num_computed + num_tokens
-        is_last = end == sequence.num_tokens
-        table = sequence.block_table
+        tables = sequence.tables
         return ScheduledSequence(
             sequence.sequence_id,
             sequence.tokens[start:end],
             start,
-            table if is_last else table[: blocks_for(end, self.info.block_size)],
-            is_last,
+            tables[0],
+            end == sequence.num_tokens,
             sequence.request.sampling,
+            sequence.firsts[0],
+            tuple(map(BlockTable, sequence.firsts[1:], tables[1:])) if len(tables) > 1 else (),
+            sequence.tokens,
+            sequence.num_prompt_tokens,
+            sequence.end_token_ids,
+            sequence.to_score(start, end)
+            if sequence.num_scored < sequence.num_prompt_tokens
+            else NO_SCORES,
         )
 
     def _start(self, sequence: SequenceState, admission: Chunk, now: float) -> None:
         self._unwait(sequence)
         insort(self._running, sequence, key=_ORDER)
-        shared = self._find_prefix(sequence)[: admission.num_cached_blocks]
-        self._blocks.share(shared)
-        sequence.block_table = shared
-        sequence.num_registered = len(shared)
-        sequence.num_computed = len(shared) * self.info.block_size
+        count = admission.num_cached_blocks
+        # Others were admitted since the decision looked, but none evicted anything.
+        _, tables = self._blocks.find_prefix(self._reusable_ids(sequence)[:count])
+        for table in tables:
+            self._blocks.share(table)
+        sequence.tables = tables
+        sequence.firsts = [count - len(table) for table in tables]
+        sequence.num_registered = count
+        sequence.num_computed = count * self.info.block_size
+        left = sequence.num_tokens - sequence.num_computed
+        self._tenants.charge(sequence.tenant, left * PREFILL_COST)
+        self._coming.update(self._coming_of(sequence))
         if sequence.started_at is None:
             sequence.started_at = now
             sequence.cached_tokens = sequence.num_computed
+
+    def _coming_of(self, sequence: SequenceState) -> list[BlockId]:
+        """The full blocks that its prefill has not computed yet."""
+        return self._reusable_ids(sequence)[sequence.num_registered :]
 
     def _preempt(self, sequence: SequenceState) -> None:
         self._stop_running(sequence)
@@ -238,36 +300,71 @@ class EngineCore:
         self._wait(sequence)
 
     def _register(self, scheduled: Iterable[SequenceState], plan: StepPlan) -> None:
-        """Advance by what was computed, and cache the blocks that became full."""
+        """Advance by what was computed, cache the blocks that became full, and give up
+        those that the next token does not see."""
         block_size = self.info.block_size
         for sequence, item in zip(scheduled, plan.scheduled, strict=True):
-            sequence.num_computed = end = item.end
-            num_full = end // block_size
-            if num_full == sequence.num_registered:
-                continue
-            ids = sequence.block_ids(num_full)
+            num_full = item.end // block_size
+            if sequence.num_tokens - sequence.num_computed > 1:
+                self._forget_coming(sequence, num_full)
+            sequence.num_computed = item.end
+            if item.scored:
+                sequence.num_scored = item.scored.stop
+            if num_full > sequence.num_registered:
+                self._register_full(sequence, num_full)
+            if self._has_windows:
+                self._give_up(sequence)
+
+    def _register_full(self, sequence: SequenceState, num_full: int) -> None:
+        ids = sequence.block_ids(num_full)
+        for group, table in enumerate(sequence.tables):
+            first = sequence.firsts[group]
             for index in range(sequence.num_registered, num_full):
-                self._blocks.register(sequence.block_table[index], ids[index])
-            sequence.num_registered = num_full
+                self._blocks.register(table[index - first], ids[index], group)
+        sequence.num_registered = num_full
+
+    def _forget_coming(self, sequence: SequenceState, num_full: int | None = None) -> None:
+        """Its blocks up to there (None: all) are computed, or will not be."""
+        for block_id in self._reusable_ids(sequence)[sequence.num_registered : num_full]:
+            self._coming[block_id] -= 1
+            if not self._coming[block_id]:
+                del self._coming[block_id]
+
+    def _give_up(self, sequence: SequenceState) -> None:
+        """Release the blocks that lie before the windows of the next token."""
+        for group, window in enumerate(self._windows):
+            if window is None:
+                continue
+            first = max(0, sequence.num_computed - window + 1) // self.info.block_size
+            count = first - sequence.firsts[group]
+            if count > 0:
+                table = sequence.tables[group]
+                self._blocks.release(table[:count])
+                del table[:count]
+                sequence.firsts[group] = first
 
     def _finish(
         self, sequence: SequenceState, reason: EndReason, now: float, ends: list[SequenceEnd]
     ) -> None:
-        self._stop_running(sequence)
         del self._sequences[sequence.sequence_id]
+        self._tenants.leave(sequence.tenant)
         ends.append(sequence.end(reason, now))
 
     def _stop_running(self, sequence: SequenceState) -> None:
         del self._running[bisect_left(self._running, sequence.order, key=_ORDER)]
-        self._blocks.release(sequence.block_table)
-        sequence.block_table = []
+        if sequence.is_prefilling:
+            self._forget_coming(sequence)
+        for table in sequence.tables:
+            self._blocks.release(table)
+        sequence.tables = []
+        sequence.firsts = []
 
     def _wait(self, sequence: SequenceState) -> None:
-        insort(self._waiting, sequence, key=_ORDER)
+        self._waiting.add(sequence)
         self._num_waiting_tokens += sequence.num_tokens
 
     def _unwait(self, sequence: SequenceState) -> None:
-        del self._waiting[bisect_left(self._waiting, sequence.order, key=_ORDER)]
+        self._waiting.remove(sequence)
         self._num_waiting_tokens -= sequence.num_tokens
 
     def _count(self, decision: Decision, plan: StepPlan, elapsed_ms: float) -> None:

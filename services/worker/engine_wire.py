@@ -40,6 +40,7 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
     namespace_key: bytes
     priority: int
     tenant: str
+    timeout_ms: int = 0
 
     def request(self) -> SequenceRequest:
         """What the engine takes."""
@@ -51,6 +52,7 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
             namespace_key=self.namespace_key,
             priority=self.priority,
             tenant=self.tenant,
+            timeout_ms=self.timeout_ms,
         )
 
 

@@ -6,20 +6,34 @@ Plain numbers: no tensors, no clock. A plan is a snapshot that holds during one
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from headrace.params import SamplingParams
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from headrace.params import SamplingParams
+
+NO_SCORES = range(0)
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
+class BlockTable(NamedTuple):
+    """Physical blocks of one KV group: `blocks[i]` is the sequence's block `first + i`."""
+
+    first: int
+    blocks: list[int]
+
+
+class ScheduledSequence(NamedTuple):
     """A run of one sequence's tokens to compute in this step.
 
     Tokens `token_ids` stand at positions `start … start + len(token_ids) - 1`;
-    the KV of all positions before `start` is in the cache. Position p lives in
-    physical block `block_table[p // block_size]`, at `p % block_size`; the table ends
-    with the block of the last position.
+    the KV of all positions before `start` that the model still sees is in the cache.
+    Position p lives in the sequence's block `p // block_size`, at `p % block_size`;
+    each KV group has a table of where the blocks are, which ends with the block of
+    the last position. `block_table` is group 0's, whose first entry is the sequence's
+    block `first_block` (0, if its layers see all positions); the other groups' are
+    in `more_tables`. (A tuple: there are many, and they are cheap.)
     """
 
     sequence_id: int
@@ -29,6 +43,16 @@ class ScheduledSequence:
     #: Whether the last token's logits choose the next token (else: a prefill goes on).
     sample: bool
     sampling: SamplingParams
+    first_block: int = 0
+    more_tables: tuple[BlockTable, ...] = ()
+    #: All known tokens, the prompt's first: the sequence's own list, to be read only.
+    tokens: Sequence[int] = ()
+    num_prompt_tokens: int = 0
+    #: What ends the sequence: not to be chosen before it has its min_tokens.
+    end_token_ids: frozenset[int] = frozenset()
+    #: Positions of prompt tokens whose log probabilities are asked for: that of
+    #: position p comes from the logits of position p - 1, which is computed here.
+    scored: range = NO_SCORES
 
     @property
     def end(self) -> int:
@@ -50,9 +74,16 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """The tokens chosen, one for each scheduled sequence with `sample`, in order."""
+    """The tokens chosen, one for each scheduled sequence with `sample`, in order.
+
+    Log probabilities are packed, see headrace.logprobs.
+    """
 
     token_ids: list[int]
+    #: Index in `token_ids` -> that token's record, where the sequence asks for it.
+    logprobs: dict[int, bytes] = field(default_factory=dict)
+    #: Sequence id -> the records of its `scored` tokens.
+    prompt_logprobs: dict[int, bytes] = field(default_factory=dict)
 
 
 class Runner(Protocol):

@@ -62,10 +62,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         worker = await self._started(context)
         sequence = SingleSequence(worker.sequences, convert.submission(request.submission))
         _when_done(context, sequence.close)
-        async for tokens, end in sequence.outputs():
-            yield worker_pb2.GenerateSequenceResponse(
-                token_ids=tokens, end=None if end is None else convert.end(end)
-            )
+        async for output in sequence.outputs():
+            yield convert.sequence_output(output)
 
     async def GetWorker(
         self, request: worker_pb2.GetWorkerRequest, context: _ServicerContext
@@ -83,14 +81,14 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     ) -> AsyncIterator[worker_pb2.DumpBlocksResponse]:
         worker = await self._started(context)
         try:
-            owned, sequence = await worker.dump_blocks()
+            dump = await worker.dump_blocks()
         except HeadraceError as error:
             await abort(context, error)
-        for start in range(0, len(owned), _DUMP_IDS):
+        for start in range(0, len(dump.blocks), _DUMP_IDS):
             yield worker_pb2.DumpBlocksResponse(
-                block_ids=pack_short_ids(owned[start : start + _DUMP_IDS])
+                block_ids=pack_short_ids(dump.blocks[start : start + _DUMP_IDS])
             )
-        yield worker_pb2.DumpBlocksResponse(sequence=sequence)
+        yield worker_pb2.DumpBlocksResponse(sequence=dump.sequence, unpublished=dump.unpublished)
 
     async def Drain(
         self, request: worker_pb2.DrainRequest, context: _ServicerContext

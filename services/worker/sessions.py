@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from google.protobuf.message import DecodeError
 
@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 MAX_FRAME_TOKENS = 7500
 #: Tokens that may wait for a session's stream (8 bytes each).
 MAX_WAITING_TOKENS = 1 << 18
+#: Bytes of log probabilities that may wait.
+MAX_WAITING_SCORES_LEN = 4 << 20
+#: What protobuf adds to a message of log probabilities, at most.
+_SCORES_EXTRA_LEN = 24
 #: Ends that may wait; a gateway that submits on without reading is cut off.
 MAX_WAITING_ENDS = 8192
 #: Bytes of frames sent and not acknowledged.
@@ -49,6 +53,16 @@ ACK_EVERY = 16
 _RETRY_AFTER_MS = 500
 
 log = logging.getLogger("headrace.worker")
+
+
+class _Score(NamedTuple):
+    """Log probabilities that wait."""
+
+    #: They go before, or with, this token of the session, counted from its first.
+    at: int
+    slot: int
+    data: bytes
+    prompt: bool
 
 
 class Session:
@@ -65,6 +79,10 @@ class Session:
         self.broken: HeadraceError | None = None
         self._sequences = sequences
         self._ends: deque[End] = deque()
+        self._scores: deque[_Score] = deque()
+        self._scores_len = 0
+        # Tokens put in frames so far, where there are scores to place among them.
+        self._num_framed = 0
         self._log: FrameLog[worker_pb2.AttachResponse] = FrameLog(MAX_LOG_LEN)
         self._received = FrameReceiver()
         self._acknowledged = 0
@@ -76,12 +94,12 @@ class Session:
     @property
     def is_idle(self) -> bool:
         """Whether nothing runs, waits or is unacknowledged."""
-        return not (self._live or self.slots or self._ends or self._log.unacknowledged())
+        return not (self.has_output or self._log.unacknowledged())
 
     @property
     def has_output(self) -> bool:
         """Whether something runs or waits to be sent."""
-        return bool(self._live or self.slots or self._ends)
+        return bool(self._live or self.slots or self._ends or self._scores)
 
     def receive(self, request: worker_pb2.AttachRequest) -> None:
         """Take one frame of the gateway. Raises InvalidArgument if frames are missing."""
@@ -99,14 +117,16 @@ class Session:
 
     def next_frame(self) -> worker_pb2.AttachResponse | None:
         """The next numbered frame, kept for repetition; None if nothing waits."""
-        if not self.slots and not self._ends:
+        if not (self.slots or self._ends or self._scores):
             return None
+        scores, count = self._take_scores() if self._scores else ((), MAX_FRAME_TOKENS)
         frame = worker_pb2.AttachResponse(
-            slots=self.slots[:MAX_FRAME_TOKENS], token_ids=self.tokens[:MAX_FRAME_TOKENS]
+            slots=self.slots[:count], token_ids=self.tokens[:count], logprobs=scores
         )
-        del self.slots[:MAX_FRAME_TOKENS], self.tokens[:MAX_FRAME_TOKENS]
-        budget = FRAME_LEN - 8 * len(frame.slots)
-        while self._ends and not self.slots:
+        del self.slots[:count], self.tokens[:count]
+        self._num_framed += len(frame.slots)
+        budget = FRAME_LEN - (frame.ByteSize() if scores else 8 * len(frame.slots))
+        while self._ends and not self.slots and not self._scores:
             ended = convert.end(self._ends[0])
             budget -= ended.ByteSize() + 8
             if budget < 0 and frame.ends:
@@ -138,6 +158,11 @@ class Session:
         """What a new connection repeats first."""
         return self._log.unacknowledged()
 
+    def score(self, slot: int, data: bytes, *, prompt: bool) -> None:
+        """See Outlet."""
+        self._scores.append(_Score(self._num_framed + len(self.slots), slot, data, prompt))
+        self._scores_len += len(data)
+
     def end(self, end: End) -> None:
         """See Outlet."""
         self._live.pop(end.slot, None)
@@ -150,7 +175,11 @@ class Session:
 
     def flush(self) -> None:
         """See Outlet. Over a bound, the session's sequences end with an error."""
-        if self._live and (self._log.is_full or len(self.slots) > MAX_WAITING_TOKENS):
+        if self._live and (
+            self._log.is_full
+            or len(self.slots) > MAX_WAITING_TOKENS
+            or self._scores_len > MAX_WAITING_SCORES_LEN
+        ):
             self._overflow()
         self.wake()
 
@@ -158,17 +187,48 @@ class Session:
         """Stop all that runs; nothing more is sent."""
         self._sequences.drop(self._live.values())
         self._live.clear()
-        del self.slots[:], self.tokens[:]
+        self._discard_output()
         self._ends.clear()
+
+    def _take_scores(self) -> tuple[list[worker_pb2.SequenceLogprobs], int]:
+        """The scores of the next frame, and how many tokens go with them.
+
+        A token and its score share a frame; a prompt's scores precede its tokens.
+        """
+        taken: list[worker_pb2.SequenceLogprobs] = []
+        budget = FRAME_LEN
+        while self._scores:
+            at, slot, data, prompt = self._scores[0]
+            num_before = at - self._num_framed
+            if num_before >= MAX_FRAME_TOKENS:
+                break
+            budget -= len(data) + _SCORES_EXTRA_LEN
+            # 8 bytes a token: those before it, and its own.
+            if taken and budget < 8 * (num_before + 1):
+                return taken, num_before
+            self._scores.popleft()
+            self._scores_len -= len(data)
+            taken.append(
+                worker_pb2.SequenceLogprobs(slot=slot, prompt=data)
+                if prompt
+                else worker_pb2.SequenceLogprobs(slot=slot, tokens=data)
+            )
+        return taken, min(MAX_FRAME_TOKENS, max(0, budget) // 8)
+
+    def _discard_output(self) -> None:
+        del self.slots[:], self.tokens[:]
+        self._scores.clear()
+        self._scores_len = 0
 
     def _overflow(self) -> None:
         error = ResourceExhausted(
             f"gateway {self.gateway_id} reads too slowly: more than {MAX_LOG_LEN} bytes "
-            f"unacknowledged or {MAX_WAITING_TOKENS} tokens waiting",
+            f"unacknowledged, {MAX_WAITING_TOKENS} tokens or {MAX_WAITING_SCORES_LEN} bytes of "
+            "log probabilities waiting",
             retry_after_ms=_RETRY_AFTER_MS,
         )
         log.warning("session %s: %s", self.session_id, error)
-        del self.slots[:], self.tokens[:]
+        self._discard_output()
         for sequence_id in list(self._live.values()):
             self._sequences.fail(sequence_id, error)
 

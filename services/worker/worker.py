@@ -22,7 +22,7 @@ from headrace.service import cancel_and_wait
 from services.worker.attach import Sessions
 from services.worker.convert import Identity, Pulse
 from services.worker.dispatch import Sequences
-from services.worker.publisher import Publisher
+from services.worker.publisher import Published, Publisher
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 HEARTBEAT_S = 0.5
 #: Watchers hear of changes at most this often.
 WATCH_INTERVAL_S = 0.05
+#: A lease is renewed several times in this; shorter ones would end at a busy moment.
+MIN_LEASE_TTL_MS = 400
 _DRAIN_POLL_S = 0.02
 #: How long gateways may take to acknowledge the last frames of a drained worker.
 _LAST_ACK_TIMEOUT_S = 2.0
@@ -63,23 +65,24 @@ class Worker:
         place: Place,
         set_serving: Callable[[bool], Awaitable[None]],
     ) -> None:
-        if config.partitions < 1:
-            raise StartupError(f"--partitions must be 1 or more, not {config.partitions}")
+        if not 1 <= config.partitions <= registry.MAX_PARTITIONS:
+            raise StartupError(
+                f"--partitions must be 1 to {registry.MAX_PARTITIONS}, not {config.partitions}"
+            )
+        if config.lease_ttl_ms < MIN_LEASE_TTL_MS:
+            raise StartupError(
+                f"--lease-ttl-ms must be {MIN_LEASE_TTL_MS} or more, not {config.lease_ttl_ms}"
+            )
         self.engine = engine
         self.info = info
-        self.model = model_card(files, info)
+        self.model = model_card(files, info, config.partitions)
         self.sequences = Sequences(
             self, info, max_queued=config.max_queued, worker_id=place.worker_id
         )
         self.sessions = Sessions(self.sequences, config.session_grace_s, self)
-        partition = registry.partition_of(place.worker_id, config.partitions)
-        self.publisher = Publisher(
-            config.redis,
-            place.worker_id,
-            registry.Keys(files.name, partition),
-            self._card,
-        )
         self._place = place
+        self._lease_ttl_ms = config.lease_ttl_ms
+        self.publisher = Publisher(config.redis, self._card)
         self._set_serving = set_serving
         self._watchers: set[asyncio.Event] = set()
         self._heart: asyncio.Task[None] | None = None
@@ -123,13 +126,13 @@ class Worker:
         self.sessions.close()
         await self.publisher.leave()
 
-    async def dump_blocks(self) -> tuple[list[int], int]:
-        """Short ids of the engine's blocks that are published, and the sequence they belong to.
+    async def dump_blocks(self) -> Published:
+        """The engine's blocks that are published, and the sequence they belong to.
 
         Blocks come from the engine itself; only what waits to be published is
         taken back, so that the answer can be compared with Redis at that sequence.
         """
-        answers: list[tuple[list[int], int]] = []
+        answers: list[Published] = []
         await self.engine.read_blocks(
             lambda owned: answers.append(self.publisher.published_of(owned))
         )
@@ -187,10 +190,11 @@ class Worker:
             total_blocks=self.info.total_blocks,
             resume=self.info.resume,
             tiers=self.info.tiers,
+            lease_ttl_ms=self._lease_ttl_ms,
         )
 
 
-def model_card(files: ModelFiles, info: EngineInfo) -> ModelCard:
+def model_card(files: ModelFiles, info: EngineInfo, num_partitions: int = 1) -> ModelCard:
     """What workers that serve one model must agree on."""
     return ModelCard(
         name=files.name,
@@ -200,4 +204,5 @@ def model_card(files: ModelFiles, info: EngineInfo) -> ModelCard:
         block_size=info.block_size,
         modalities=info.modalities,
         created=int(files.path.stat().st_mtime),
+        num_partitions=num_partitions,
     )

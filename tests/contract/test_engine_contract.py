@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from headrace.blocks import block_ids, namespace_key, pack_tokens, short_id
+from headrace.logprobs import unpack
 from headrace.params import SamplingParams
 from services.worker.engine import EngineConfig, SequenceRequest
 from services.worker.engines import ENGINES, create
@@ -30,6 +32,9 @@ class Driver:
 
     engine: Engine
     outputs: dict[int, list[int]] = field(default_factory=dict)
+    #: Packed log probabilities by sequence, of the output and of the prompt.
+    scores: dict[int, bytes] = field(default_factory=dict)
+    prompt_scores: dict[int, bytes] = field(default_factory=dict)
     ends: dict[int, SequenceEnd] = field(default_factory=dict)
     owned: set[int] = field(default_factory=set)
     num_steps: int = 0
@@ -69,6 +74,11 @@ class Driver:
             assert sequence_id not in self.ends
             assert 0 <= token < self.info.vocab_size
             self.outputs[sequence_id].append(token)
+        for at, data in output.logprobs.items():
+            sequence_id = output.sequence_ids[at]
+            self.scores[sequence_id] = self.scores.get(sequence_id, b"") + data
+        for sequence_id, data in output.prompt_logprobs.items():
+            self.prompt_scores[sequence_id] = self.prompt_scores.get(sequence_id, b"") + data
         for end in output.ends:
             assert end.sequence_id not in self.ends
             assert end.completion_tokens == len(self.outputs[end.sequence_id])
@@ -203,6 +213,103 @@ def test_a_stop_token_is_the_last_one_delivered(driver: Driver) -> None:
     assert (end.reason, end.stopped_by_token) == ("stop", True)
 
 
+def test_a_stop_sequence_ends_it_when_complete(driver: Driver) -> None:
+    prompt = story(20, 140)
+    free, _ = driver.run(prompt, max_tokens=8, ignore_eos=True)
+    stop = tuple(free[2:5])
+    end_at = next(n for n in range(3, 9) if tuple(free[n - 3 : n]) == stop)
+    sampling = {"stop_token_sequences": ((*stop[:2], 1), stop), "ignore_eos": True}
+    tokens, end = driver.run(prompt, 8, **sampling)
+    assert tokens == free[:end_at]
+    assert (end.reason, end.stopped_by_token) == ("stop", False)
+    # Also where the sequence was resumed in the middle of it; the prompt's tokens don't count.
+    tokens, end = driver.run(prompt, 8, generated=free[: end_at - 1], **sampling)
+    assert (tokens, end.reason) == (free[:end_at], "stop")
+    tokens, end = driver.run([*prompt, *free[: end_at - 1]], 1, **sampling)
+    assert (tokens, end.reason) == ([free[end_at - 1]], "length")
+
+
+def test_every_token_brings_its_log_probability(driver: Driver) -> None:
+    if "logprobs" not in driver.info.sampling:
+        pytest.skip("not supported")
+    prompt = story(20, 141)
+    request = driver.request(prompt, 6, logprobs=3, ignore_eos=True)
+    silent = driver.request(prompt, 6, ignore_eos=True)
+    driver.submit(request, silent)
+    driver.drain()
+    tokens = driver.outputs[request.sequence_id]
+    assert tokens == driver.outputs[silent.sequence_id]
+    assert silent.sequence_id not in driver.scores
+    records = unpack(driver.scores[request.sequence_id], 3)
+    assert [record.chosen[0] for record in records] == tokens
+    for record in records:
+        # Greedy: what was chosen is the likeliest.
+        assert record.chosen == record.top[0]
+        values = [value for _, value in record.top]
+        assert values == sorted(values, reverse=True)
+        assert sum(math.exp(value) for value in values) < 1.5
+    # A resumed sequence brings those of its new tokens only, the same ones.
+    resumed = driver.request(prompt, 6, generated=tokens[:4], logprobs=3, ignore_eos=True)
+    driver.submit(resumed)
+    driver.drain()
+    again = unpack(driver.scores[resumed.sequence_id], 3)
+    assert [record.chosen[0] for record in again] == tokens[4:]
+    for old, new in zip(records[4:], again, strict=True):
+        assert new.chosen[1] == pytest.approx(old.chosen[1], abs=1e-3)
+
+
+def test_the_prompt_is_scored_once_from_its_second_token_on(driver: Driver) -> None:
+    if "prompt_logprobs" not in driver.info.sampling:
+        pytest.skip("not supported")
+    # In chunks of 32, with its blocks cached, and beside another.
+    prompt = story(70, 142)
+    driver.run(prompt)
+    request = driver.request(prompt, 3, prompt_logprobs=2)
+    driver.submit(request, driver.request(story(20, 143), 3))
+    driver.drain()
+    records = unpack(driver.prompt_scores[request.sequence_id], 2)
+    assert [record.chosen[0] for record in records] == prompt[1:]
+    # The model's prediction for what follows is the one that a shorter prompt brings.
+    shorter = driver.request(prompt[:50], 1, logprobs=2)
+    driver.submit(shorter)
+    driver.drain()
+    (record,) = unpack(driver.scores[shorter.sequence_id], 2)
+    assert record.top[0][0] == records[49].top[0][0]
+    assert record.top[0][1] == pytest.approx(records[49].top[0][1], abs=1e-3)
+    resumed = driver.request(prompt, 3, generated=[5], prompt_logprobs=2)
+    driver.submit(resumed)
+    driver.drain()
+    assert resumed.sequence_id not in driver.prompt_scores
+
+
+def test_no_end_token_comes_before_min_tokens(driver: Driver) -> None:
+    if "min_tokens" not in driver.info.sampling:
+        pytest.skip("not supported")
+    prompt = story(20, 144)
+    free, _ = driver.run(prompt, max_tokens=8)
+    stops = tuple(free[:2])
+    tokens, end = driver.run(prompt, 8, stop_token_ids=stops, min_tokens=5)
+    assert not set(tokens[:5]) & {*stops, *driver.info.eos_token_ids}
+    resumed, _ = driver.run(prompt, 8, generated=tokens[:3], stop_token_ids=stops, min_tokens=5)
+    assert resumed == tokens
+    assert end.completion_tokens >= 5
+
+
+def test_penalties_go_on_where_a_sequence_is_resumed(driver: Driver) -> None:
+    if "frequency_penalty" not in driver.info.sampling:
+        pytest.skip("not supported")
+    prompt = story(20, 145)
+    sampling = {
+        "repetition_penalty": 1.3, "frequency_penalty": 1.0, "presence_penalty": 0.5,
+        "logit_bias": ((30, 3.0),), "bad_token_sequences": ((28, 281),), "ignore_eos": True,
+    }  # fmt: skip
+    tokens, _ = driver.run(prompt, 16, **sampling)
+    resumed, _ = driver.run(prompt, 16, generated=tokens[:7], **sampling)
+    assert resumed == tokens
+    free, _ = driver.run(prompt, 16, ignore_eos=True)
+    assert tokens != free
+
+
 def test_a_resumed_sequence_goes_on_with_the_same_tokens(driver: Driver) -> None:
     prompt = story(30, 113)
     whole, _ = driver.run(prompt, max_tokens=8)
@@ -264,6 +371,9 @@ def test_bad_requests_end_with_an_error_and_harm_nobody(driver: Driver) -> None:
         "160 tokens, not 160": driver.request([5] * 160),
         "160 tokens, not 161": driver.request([5] * 150, 100, generated=[5] * 11),
         "vocabulary size 49152, not 49152": driver.request([5, 49152]),
+        "stop_token_ids: token ids must be below the vocabulary size 49152, not 50000": (
+            driver.request([5], stop_token_ids=(50000,))
+        ),
         "namespace_key must be 16 bytes, not 3": driver.request([5], namespace=b"abc"),
     }
     driver.submit(good, *bad.values())

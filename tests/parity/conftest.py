@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from headrace.models.files import ModelFiles
 
 #: SmolLM2-135M's shape, written out, so that the reference does not hang on our reading of it.
@@ -21,31 +21,22 @@ SMOLLM2 = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def transformers() -> Any:
-    """The library, imported late and kept from any network."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    # First: it sets how OpenMP's threads wait.
-    import services.worker.engines.torch  # noqa: F401
+def fill(model: Any, path: Path) -> None:
+    """Give a model of `transformers` a GGUF's weights: that library and `gguf` read, rename,
+    dequantize and permute them.
+    """
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    with warnings.catch_warnings():
-        # What others deprecate in each other's libraries is not ours to fail on.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", FutureWarning)
-        import transformers as library
-
-    return library
+    found = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)
+    missing, unexpected = model.load_state_dict(found["tensors"], strict=False)
+    assert not unexpected
+    assert missing in ([], ["lm_head.weight"]), "a tied output projection alone is not read"
+    model.tie_weights()
 
 
 @pytest.fixture(scope="session")
 def reference(transformers: Any, smollm2: ModelFiles) -> Any:
-    """SmolLM2 in float32: read, renamed, dequantized and permuted by `transformers` and `gguf`."""
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
+    """SmolLM2 in float32."""
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMOLLM2)).eval()
-    found = load_gguf_checkpoint(str(smollm2.path), return_tensors=True, model_to_load=model)
-    missing, unexpected = model.load_state_dict(found["tensors"], strict=False)
-    assert missing == ["lm_head.weight"], "the output projection is the embedding, all else is read"
-    assert not unexpected
-    model.tie_weights()
+    fill(model, smollm2.path)
     return model

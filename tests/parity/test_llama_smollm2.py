@@ -21,8 +21,7 @@ from services.tokenizer.backends import Backend, load_backend, read_spec
 from services.worker.engine import EngineConfig, SequenceRequest
 from services.worker.engines.torch.attention import ATTENTION
 from services.worker.engines.torch.engine import TorchEngine
-
-from .llama_plans import Subject, error, run
+from tests.torch_subject import Subject, error, run
 
 if TYPE_CHECKING:
     from headrace.models.files import ModelFiles
@@ -178,5 +177,5 @@ def test_greedy_text_is_the_references(
 def test_greedy_text_is_english(smollm2: ModelFiles, tokenizer: Backend) -> None:
     question = unpack_tokens(tokenizer.encode(QUESTION))
     (answer,) = _greedy(_engine(smollm2, "auto"), [question], 8)
-    text = tokenizer.decode(answer, skip_special=True)
+    text = tokenizer.texts.decode(answer, skip_special=True)
     assert text.startswith("The capital of France is Paris")

@@ -28,9 +28,12 @@ class CollectingSink:
             for texts, reason in zip(self._texts, self._reasons, strict=True)
         ]
 
-    def on_delta(self, index: int, text: str, token_ids: list[int]) -> None:
+    def on_delta(self, index: int, text: str, token_ids: list[int], logprobs: bytes = b"") -> None:
         """Keep it."""
         self._texts[index].append(text)
+
+    def on_prompt_logprobs(self, index: int, data: bytes) -> None:
+        """No request asks for them here."""
 
     def on_end(self, index: int, reason: EndReason) -> None:
         """Note why sequence `index` ended."""

@@ -188,6 +188,8 @@ def _sampling(
         seed %= 1 << 64
     stop_token_ids = tuple(body.stop_token_ids or ())
     _within_uint32("stop_token_ids", stop_token_ids)
+    min_tokens = body.min_tokens or 0
+    _within("min_tokens", min_tokens, 0, _UINT32)
     return SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
@@ -197,7 +199,29 @@ def _sampling(
         max_tokens=max_tokens,
         stop_token_ids=stop_token_ids,
         ignore_eos=bool(body.ignore_eos),
+        frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        logit_bias=_logit_bias(body.logit_bias or {}),
+        min_tokens=min_tokens,
     )
+
+
+def _logit_bias(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    """By token id, ascending: the order in which a client writes them means nothing."""
+    biases = {}
+    for text, bias in given.items():
+        # What int() takes beyond digits (spaces, signs, underscores) is no token id.
+        token = int(text) if text.isascii() and text.isdigit() and len(text) <= 10 else -1
+        if not 0 <= token <= _UINT32:
+            raise InvalidArgument(
+                f"logit_bias must map token ids to numbers: {_quote(text)} is none",
+                field="logit_bias",
+            )
+        if token in biases:
+            raise InvalidArgument(f"logit_bias names token {token} twice", field="logit_bias")
+        biases[token] = bias
+    return tuple(sorted(biases.items()))
 
 
 def _n(n: int | None) -> int:

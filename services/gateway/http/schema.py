@@ -54,6 +54,9 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     n: int | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -62,10 +65,8 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     min_p: float | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
-    # Not yet.
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    min_tokens: int | None = None
+    repetition_penalty: float | None = None
 
 
 class CompletionBody(_Body, forbid_unknown_fields=True, kw_only=True):
@@ -109,16 +110,9 @@ class ChatBody(_Body, forbid_unknown_fields=True, kw_only=True):
     web_search_options: Any = None
 
 
-#: Parameters of both APIs that do nothing yet, with the values (beside null) that
-#: ask for no more than what happens anyway.
-NOT_YET: dict[str, tuple[object, ...]] = {
-    "frequency_penalty": (0.0,),
-    "presence_penalty": (0.0,),
-    "logit_bias": ({},),
-}
-
+#: Parameters that do nothing yet, with the values (beside null) that ask for no more
+#: than what happens anyway.
 COMPLETION_NOT_YET: dict[str, tuple[object, ...]] = {
-    **NOT_YET,
     "best_of": (1,),
     "echo": (False,),
     "logprobs": (),
@@ -126,7 +120,6 @@ COMPLETION_NOT_YET: dict[str, tuple[object, ...]] = {
 }
 
 CHAT_NOT_YET: dict[str, tuple[object, ...]] = {
-    **NOT_YET,
     "audio": (),
     "function_call": ("none",),
     "functions": ([],),

@@ -110,7 +110,7 @@ class StreamingSink:
         _set(self.started)
         _set(self.done)
 
-    def on_delta(self, index: int, text: str, token_ids: list[int]) -> None:
+    def on_delta(self, index: int, text: str, token_ids: list[int], logprobs: bytes = b"") -> None:
         """Write one event; the plain twin is `EventTemplate.text` and `_write`."""
         transport = self._transport
         if transport is None or not self._chunked or not text:
@@ -131,6 +131,9 @@ class StreamingSink:
             return
         if transport.get_write_buffer_size() > self._max_buffer_len:
             self._abandon()
+
+    def on_prompt_logprobs(self, index: int, data: bytes) -> None:
+        """No request asks for them here."""
 
     def on_end(self, index: int, reason: EndReason) -> None:
         """Write the event that ends sequence `index`."""

@@ -1,7 +1,9 @@
 """What this gateway has in flight on each worker, as it tells the router.
 
-The router's own book lives and dies with the stream; this one lives with the
-requests, and is announced again on every new stream. No wire, no clock.
+A router's own book lives and dies with the stream; this one lives with the
+requests, and is announced again on every new stream. There is one for each router:
+a reservation is in the book of the router that made it, or that took it over from
+one that is gone. No wire, no clock.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ class ReservationBook:
     def __init__(self) -> None:
         self._open: dict[int, Reservation] = {}
         self._load: Counter[str] = Counter()
+        self._adopted: list[int] = []
         self._prefilled: list[int] = []
         self._released: list[int] = []
 
@@ -44,11 +47,23 @@ class ReservationBook:
 
     @property
     def has_updates(self) -> bool:
-        return bool(self._prefilled or self._released)
+        return bool(self._adopted or self._prefilled or self._released)
 
     def add(self, reservation: Reservation) -> None:
         self._open[reservation.id] = reservation
         self._load[reservation.worker.worker_id] += reservation.num_sequences
+
+    def adopt(self, reservation: Reservation) -> None:
+        """`add` one that this router did not make, and must be told of."""
+        self.add(reservation)
+        self._adopted.append(reservation.id)
+
+    def hand_over(self) -> list[Reservation]:
+        """All reservations, for another router's book. This one's router, if it lives, is told."""
+        reservations = list(self._open.values())
+        for reservation in reservations:
+            self.release(reservation.id)
+        return reservations
 
     def prefill_done(self, reservation_id: int) -> None:
         """The first token came. Repeating it changes nothing."""
@@ -75,9 +90,15 @@ class ReservationBook:
 
     def announce(self) -> list[Reservation]:
         """All that a new stream must be told; it makes the updates that waited obsolete."""
+        self._adopted.clear()
         self._prefilled.clear()
         self._released.clear()
         return list(self._open.values())
+
+    def take_adopted(self, limit: int) -> list[Reservation]:
+        """At most `limit` reservations to be told of; told before any updates of them."""
+        ids, self._adopted = self._adopted[:limit], self._adopted[limit:]
+        return [self._open[number] for number in ids if number in self._open]
 
     def take_updates(self, limit: int) -> tuple[list[int], list[int]]:
         """At most `limit` ids each whose prefill is done, and which are released."""

@@ -1,45 +1,40 @@
-"""The router, as the gateway sees it: block ids in, a worker out.
+"""The routers, as the gateway sees them: block ids in, a worker out.
 
-One stream carries all calls, the ends of reservations and the workers found
-dead. While no router answers, the gateway chooses from the last fleet that it
-was told of, by its own counts, and says so: once per outage in the log, every
-time in `num_fallbacks`.
+There is a stream to each router. All know all workers and blocks; requests of one
+prefix family go to one of them, chosen by rendezvous hash, so that it sees at once
+what it sent where. A router that is lost has its families and its reservations taken
+over by the next. While none answers, the gateway chooses from the last fleet that it
+was told of, by its own counts, and says so: once per outage in the log, every time in
+`num_fallbacks`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import grpc
-
-from headrace.blocks import TOKEN_LEN, block_ids
-from headrace.errors import DeadlineExceeded, Internal, Unavailable
+from headrace.blocks import ID_LEN, TOKEN_LEN, block_ids
+from headrace.errors import DeadlineExceeded, HeadraceError, Internal, StartupError, Unavailable
 from headrace.registry import ModelCard
-from headrace.rpc.calls import CallClient, ClientCodec
-from headrace.rpc.convert import model_card_from_proto
-from headrace.rpc.options import CHANNEL
 from headrace.v1 import router_pb2 as pb
-from headrace.v1.router_pb2_grpc import RouterServiceStub
-from headrace.v1.types_pb2 import WorkerRef
 from services.gateway.fleet import FleetModel, Plan, Worker, least_loaded
-from services.gateway.peers.reservations import Reservation, ReservationBook
+from services.gateway.peers.rendezvous import in_order
+from services.gateway.peers.reservations import Reservation
+from services.gateway.peers.router_stream import RouterStream, worker_from
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-
-    from headrace.v1 import types_pb2
+    from collections.abc import Callable, Sequence
 
 log = logging.getLogger("headrace.gateway")
 
 #: Without a router, a worker found dead is tried again after this.
 _RETRY_FAILED_S = 5.0
-#: How long the news of a first token or an end may wait for company.
-_UPDATE_S = 0.01
-_MAX_UPDATES = 2000
-_MAX_FAILURES = 1000
+#: Prompts that begin with the same so many blocks are of one family.
+FAMILY_BLOCKS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,44 +62,54 @@ class RouteQuery:
 
 
 class RouterPeer:
-    """One router. `start` it inside the loop, `close` it at the end.
+    """All routers. `start` it inside the loop, `close` it at the end.
 
-    `on_fleet` is called with every new fleet.
+    `on_fleet` is called with every new fleet, from whichever router it comes. Raises
+    StartupError without an address.
     """
 
     def __init__(
         self,
-        address: str,
+        addresses: Sequence[str],
         *,
         gateway_id: str,
         timeout_s: float,
         on_fleet: Callable[[tuple[FleetModel, ...]], None],
     ) -> None:
+        if not addresses:
+            raise StartupError("--router names no router")
         self.fleet: tuple[FleetModel, ...] = ()
         self.num_fallbacks = 0
         self._timeout_s = timeout_s
         self._on_fleet = on_fleet
         self._is_falling_back = False
         self._failed: dict[str, float] = {}
-        self._saying: asyncio.TimerHandle | None = None
-        self._book = ReservationBook()
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL)
-        stub = RouterServiceStub(self._channel)
-        self._codec = _Codec(gateway_id, self._book, self._receive_fleet)
-        self._calls = CallClient(f"router {address}", stub.Route, self._codec)
+        self._ids = itertools.count(1)
+        #: In whose book a reservation is.
+        self._holders: dict[int, RouterStream] = {}
+        #: Set once, by the first router that answers.
+        self._heard = asyncio.Event()
+        self._routers = [
+            RouterStream(
+                address,
+                gateway_id=gateway_id,
+                on_fleet=self._receive_fleet,
+                on_lost=self._lose,
+            )
+            for address in dict.fromkeys(addresses)
+        ]
 
     @property
     def connected(self) -> bool:
-        return self._calls.connected
+        """Whether any router can be asked."""
+        return any(router.connected for router in self._routers)
 
     def start(self) -> None:
-        self._calls.start()
+        for router in self._routers:
+            router.start()
 
     async def close(self) -> None:
-        if self._saying is not None:
-            self._saying.cancel()
-        await self._calls.close()
-        await self._channel.close()
+        await asyncio.gather(*(router.close() for router in self._routers))
 
     async def route(self, query: RouteQuery) -> Plan:
         """A worker for `query`, with a reservation that must be released.
@@ -112,70 +117,137 @@ class RouterPeer:
         Raises the router's error, Unavailable when nobody serves the model, or
         DeadlineExceeded when the query's own time is over.
         """
-        if not self._calls.connected and self.fleet:
-            return self._fall_back(query)
-        call_id = self._calls.next_id()
-        limit_s = min(self._timeout_s, query.timeout_s)
-        try:
-            result = await self._calls.call(_route_call(call_id, query), timeout_s=limit_s)
-        except DeadlineExceeded:
-            self._disown(call_id)
-            if limit_s == query.timeout_s or not self.fleet:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + query.timeout_s
+        await self._wait_for_any(min(self._timeout_s, query.timeout_s))
+        call_id = next(self._ids)
+        packed_ids = _packed_ids(query)
+        order = self._in_order(packed_ids, call_id)
+        call = _route_call(call_id, query, packed_ids)
+        failure: HeadraceError | None = None
+        for router in order:
+            if not router.connected:
+                continue
+            left_s = end - loop.time()
+            try:
+                result = await router.call(call, timeout_s=min(self._timeout_s, left_s))
+            except DeadlineExceeded as error:
+                self._disown(router, call_id)
+                if left_s <= self._timeout_s:
+                    raise
+                router.is_slow, failure = True, error
+            except Unavailable as error:
+                self._disown(router, call_id)
+                if router.connected:
+                    raise
+                failure = error
+            except asyncio.CancelledError:
+                self._disown(router, call_id)
                 raise
-            return self._fall_back(query)
-        except Unavailable:
-            self._disown(call_id)
-            if self._calls.connected or not self.fleet:
-                raise
-            return self._fall_back(query)
-        except asyncio.CancelledError:
-            self._disown(call_id)
-            raise
-        if self._is_falling_back:
-            log.info("the router answers again, after %d choices without it", self.num_fallbacks)
-            self._is_falling_back = False
-        return self._accept(call_id, query, result.plan)
+            else:
+                self._answered()
+                return self._accept(router, call_id, query, result.plan)
+        if failure is not None and not self.fleet:
+            raise failure
+        return self._fall_back(order[0], call_id, query)
 
     def prefill_done(self, reservation_id: int) -> None:
         """The request's first token came."""
-        self._book.prefill_done(reservation_id)
-        self._say_soon()
+        holder = self._holders.get(reservation_id)
+        if holder is not None:
+            holder.book.prefill_done(reservation_id)
+            holder.say_soon()
 
     def release(self, reservation_id: int) -> None:
         """The request is over on that worker."""
-        self._book.release(reservation_id)
-        self._say_soon()
+        holder = self._holders.pop(reservation_id, None)
+        if holder is not None:
+            holder.book.release(reservation_id)
+            holder.say_soon()
 
     def report_failure(self, worker: Worker, reason: str) -> None:
         """`worker` is dead or failing: nobody should be sent there."""
         self._failed[worker.worker_id] = asyncio.get_running_loop().time() + _RETRY_FAILED_S
-        self._codec.failures.append((worker, reason))
-        del self._codec.failures[:-_MAX_FAILURES]
-        self._calls.wake()
+        for router in self._routers:
+            router.failed(worker, reason)
+
+    async def _wait_for_any(self, timeout_s: float) -> None:
+        """At the start, before any router answered; raises Unavailable."""
+        if self._heard.is_set():
+            return
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._heard.wait()
+        except TimeoutError:
+            names = ", ".join(router.address for router in self._routers)
+            raise Unavailable(f"router {names} is not reachable", retry_after_ms=500) from None
+
+    def _in_order(self, packed_ids: bytes, call_id: int) -> list[RouterStream]:
+        """The routers to ask for a prompt, in turn."""
+        if len(self._routers) == 1:
+            return self._routers
+        # An id stands for all blocks before it, too. Prompts below one block spread.
+        last = min(len(packed_ids) // ID_LEN, FAMILY_BLOCKS) * ID_LEN
+        family = int.from_bytes(packed_ids[last - 8 : last]) if last else call_id
+        order = in_order(family, self._routers)
+        return sorted(order, key=lambda router: router.is_slow)
 
     def _workers(self, model: str) -> tuple[Worker, ...]:
         return next((entry.workers for entry in self.fleet if entry.card.name == model), ())
 
-    def _receive_fleet(self, fleet: tuple[FleetModel, ...]) -> None:
+    def _receive_fleet(self, router: RouterStream, fleet: tuple[FleetModel, ...]) -> None:
         self.fleet = fleet
         self._failed.clear()
+        self._heard.set()
+        for other in self._routers:
+            if not other.connected:
+                self._hand_over(other, router)
         self._on_fleet(fleet)
 
-    def _accept(self, call_id: int, query: RouteQuery, plan: pb.Plan) -> Plan:
+    def _lose(self, router: RouterStream) -> None:
+        """Its families go to the next; the only one is waited for."""
+        for other in in_order(router.seed, self._routers):
+            if other.connected:
+                self._hand_over(router, other)
+                router.give_up()
+                return
+
+    def _hand_over(self, lost: RouterStream, to: RouterStream) -> None:
+        reservations = lost.book.hand_over()
+        for reservation in reservations:
+            self._holders[reservation.id] = to
+            to.book.adopt(reservation)
+        if reservations:
+            log.info(
+                "router %s is gone: its %d requests are announced to %s",
+                lost.address, len(reservations), to.address,
+            )  # fmt: skip
+            to.say_soon()
+
+    def _answered(self) -> None:
+        if self._is_falling_back:
+            log.info("the router answers again, after %d choices without it", self.num_fallbacks)
+            self._is_falling_back = False
+
+    def _accept(self, router: RouterStream, call_id: int, query: RouteQuery, plan: pb.Plan) -> Plan:
         if len(plan.legs) != 1 or plan.legs[0].role != pb.Leg.ROLE_COMPLETE:
-            self._disown(call_id)
+            self._disown(router, call_id)
             log.error("the router sent a plan of %d legs, unknown here", len(plan.legs))
             raise Internal
         leg = plan.legs[0]
-        worker = _worker(leg.worker)
-        self._reserve(call_id, query, worker, plan.matched_tokens)
+        worker = worker_from(leg.worker)
+        self._reserve(router, call_id, query, worker, plan.matched_tokens)
         return Plan(worker, call_id, plan.matched_tokens, leg.hand_off)
 
-    def _fall_back(self, query: RouteQuery) -> Plan:
+    def _fall_back(self, router: RouterStream, call_id: int, query: RouteQuery) -> Plan:
+        """Choose without a router; `router` will be told of it when it answers."""
         now = asyncio.get_running_loop().time()
         dead = {worker_id for worker_id, until in self._failed.items() if until > now}
         workers = self._workers(query.card.name)
-        worker = least_loaded(workers, self._book.load, query.exclude | dead)
+        load: Counter[str] = Counter()
+        for each in self._routers:
+            load.update(each.book.load)
+        worker = least_loaded(workers, load, query.exclude | dead)
         if worker is None:
             raise Unavailable(
                 f"no router answers, and no worker of {query.card.name} is known to live",
@@ -190,13 +262,15 @@ class RouterPeer:
                 len(workers),
                 query.card.name,
             )
-        call_id = self._calls.next_id()
-        self._reserve(call_id, query, worker, 0)
+        self._reserve(router, call_id, query, worker, 0)
         return Plan(worker, call_id)
 
-    def _reserve(self, call_id: int, query: RouteQuery, worker: Worker, matched: int) -> None:
+    def _reserve(
+        self, router: RouterStream, call_id: int, query: RouteQuery, worker: Worker, matched: int
+    ) -> None:
         num_blocks = -(-query.num_tokens // query.card.block_size)
-        self._book.add(
+        self._holders[call_id] = router
+        router.book.add(
             Reservation(
                 id=call_id,
                 worker=worker,
@@ -207,30 +281,24 @@ class RouterPeer:
             )
         )
 
-    def _disown(self, call_id: int) -> None:
-        self._book.disown(call_id)
-        self._say_soon()
-
-    def _say_soon(self) -> None:
-        """Updates of several requests, and the next call, share a frame."""
-        if self._saying is None:
-            self._saying = asyncio.get_running_loop().call_later(_UPDATE_S, self._say)
-
-    def _say(self) -> None:
-        self._saying = None
-        self._calls.wake()
+    def _disown(self, router: RouterStream, call_id: int) -> None:
+        router.book.disown(call_id)
+        router.say_soon()
 
 
-def _route_call(call_id: int, query: RouteQuery) -> pb.RouteCall:
-    packed = query.block_ids
-    if packed is None:
-        packed = b"".join(block_ids(query.token_ids, query.card.block_size, query.namespace_key))
+def _packed_ids(query: RouteQuery) -> bytes:
+    if query.block_ids is not None:
+        return query.block_ids
+    return b"".join(block_ids(query.token_ids, query.card.block_size, query.namespace_key))
+
+
+def _route_call(call_id: int, query: RouteQuery, packed_ids: bytes) -> pb.RouteCall:
     return pb.RouteCall(
         id=call_id,
         traceparent=query.traceparent,
         select=pb.SelectWorkerRequest(
             model=query.card.name,
-            block_ids=packed,
+            block_ids=packed_ids,
             num_tokens=query.num_tokens,
             max_tokens=query.max_tokens,
             num_sequences=query.num_sequences,
@@ -241,88 +309,3 @@ def _route_call(call_id: int, query: RouteQuery) -> pb.RouteCall:
             session_id=query.session_id,
         ),
     )
-
-
-def _worker(ref: types_pb2.WorkerRef) -> Worker:
-    return Worker(ref.worker_id, ref.generation, ref.address)
-
-
-def _ref(worker: Worker) -> types_pb2.WorkerRef:
-    return WorkerRef(
-        worker_id=worker.worker_id, generation=worker.generation, address=worker.address
-    )
-
-
-def _fleet(fleet: pb.Fleet) -> tuple[FleetModel, ...]:
-    return tuple(
-        FleetModel(
-            model_card_from_proto(entry.card),
-            tuple(_worker(ref) for ref in entry.workers),
-        )
-        for entry in fleet.models
-    )
-
-
-def _reservation(reservation: Reservation) -> pb.Reservation:
-    return pb.Reservation(
-        id=reservation.id,
-        worker=_ref(reservation.worker),
-        model=reservation.model,
-        prefill_tokens=reservation.prefill_tokens,
-        blocks=reservation.blocks,
-        num_sequences=reservation.num_sequences,
-    )
-
-
-class _Codec(ClientCodec[pb.RouteRequest, pb.RouteResponse, pb.RouteCall, pb.RouteResult]):
-    """Frames of the router's stream; updates and failures ride along with calls."""
-
-    def __init__(
-        self,
-        gateway_id: str,
-        book: ReservationBook,
-        on_fleet: Callable[[tuple[FleetModel, ...]], None],
-    ) -> None:
-        self.failures: list[tuple[Worker, str]] = []
-        self._gateway_id = gateway_id
-        self._book = book
-        self._on_fleet = on_fleet
-
-    def open(self) -> pb.RouteRequest:
-        reservations = [_reservation(entry) for entry in self._book.announce()]
-        opening = pb.RouteOpen(gateway_id=self._gateway_id, reservations=reservations)
-        return pb.RouteRequest(open=opening)
-
-    def has_more(self) -> bool:
-        return self._book.has_updates or bool(self.failures)
-
-    def request(
-        self, calls: list[pb.RouteCall], chunks: list[types_pb2.Chunk], cancels: list[int]
-    ) -> pb.RouteRequest:
-        prefilled, released = self._book.take_updates(_MAX_UPDATES)
-        done, over = (
-            pb.ReservationUpdate.EVENT_PREFILL_DONE,
-            pb.ReservationUpdate.EVENT_RELEASED,
-        )
-        updates = [pb.ReservationUpdate(id=number, event=done) for number in prefilled]
-        updates += [pb.ReservationUpdate(id=number, event=over) for number in released]
-        failures = [
-            pb.WorkerFailure(
-                worker_id=worker.worker_id, generation=worker.generation, reason=reason
-            )
-            for worker, reason in self.failures
-        ]
-        self.failures.clear()
-        return pb.RouteRequest(
-            calls=calls, chunks=chunks, cancels=cancels, updates=updates, failures=failures
-        )
-
-    def results(
-        self, response: pb.RouteResponse
-    ) -> tuple[Iterable[pb.RouteResult], Sequence[types_pb2.Chunk]]:
-        if response.HasField("fleet"):
-            self._on_fleet(_fleet(response.fleet))
-        return response.results, ()
-
-    def parse_result(self, data: bytes) -> pb.RouteResult:
-        return pb.RouteResult.FromString(data)

@@ -54,16 +54,11 @@ class Boundaries:
 
     def pieces(self, unit: str) -> list[str]:
         """A unit, cut wherever no token has both neighbours."""
-        pairs, known, pieces, start = self._pairs, self._known, [], 0
-        for at, pair in enumerate(map(add, unit, unit[1:]), 1):
-            if pair in pairs or (
-                self._unknown_fuses and pair[0] not in known and pair[1] not in known
-            ):
-                continue
-            pieces.append(unit[start:at])
-            start = at
-        pieces.append(unit[start:])
-        return pieces
+        pairs, known = self._pairs, self._known
+        cuts = [at for at, pair in enumerate(map(add, unit, unit[1:]), 1) if pair not in pairs]
+        if self._unknown_fuses and not known.issuperset(unit):
+            cuts = [at for at in cuts if unit[at - 1] in known or unit[at] in known]
+        return [unit[start:end] for start, end in zip([0, *cuts], [*cuts, len(unit)], strict=True)]
 
     def _compile(self, tokens: Iterable[str]) -> Callable[[str], list[str]] | None:
         if self._unknown_fuses and SPACE not in self._known:

@@ -19,6 +19,7 @@ allows it, chunks of the text before it are cached, which need not be normalized
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from operator import add, itemgetter
@@ -33,7 +34,7 @@ from services.tokenizer.backends.raw_chunks import (
     split_at_white_space,
     stands_alone,
 )
-from services.tokenizer.backends.segments import Segmenter
+from services.tokenizer.backends.segments import Segmenter, any_of
 from services.tokenizer.backends.token_texts import SPACE, sentencepiece_texts
 from services.tokenizer.backends.word_cache import WordCache
 
@@ -81,13 +82,15 @@ class Unigram:
             unknown_fuses=True,
         )
         #: Tokens of the model that the boundaries don't know.
-        self._special = [spec.tokens[at] for at in special if at < len(spec.scores)]
+        apart = [spec.tokens[at] for at in special if at < len(spec.scores)]
+        self._find_special = re.compile(any_of(apart)).search if apart else lambda _: None
         # Without a pre-tokenizer there is no word that sums could begin with.
         self._max_cut_len = sys.maxsize if spec.pre_tokenizer is None else _MAX_CUT_LEN
         self._margin = 0.0 if spec.pre_tokenizer is None else _MARGIN
         self._units = WordCache(self._encode_unit)
         self._words = WordCache(self._encode_word)
         self._chunks: WordCache | None = None
+        self._cuts_at_spaces_only = False
         if (
             spec.has_local_chunks
             and spec.pre_tokenizer is not None
@@ -97,6 +100,8 @@ class Unigram:
             #: What white space at a text's end leaves.
             self._tail = self._encode_normalized(self._normalize("a ").removeprefix("a"))
             self._chunks = WordCache(self._encode_chunk)
+            cut = [word for words in spec.pre_tokenizer.words(" a-1.b a") for word in words]
+            self._cuts_at_spaces_only = cut == [f"{SPACE}a-1.b", f"{SPACE}a"]
             spec = replace(spec, normalizer=None, prepend_space="never")
         self._segments = Segmenter(spec).segments
 
@@ -139,6 +144,8 @@ class Unigram:
             text = self._normalize(chunk)
             if not text or text[0] in _SPACES or text[-1] in _SPACES:
                 raise NotAlone
+        if self._cuts_at_spaces_only and " " not in text and SPACE not in text:
+            return self._encode_word(SPACE + text)
         return self._encode_normalized(f" {text}")
 
     def _encode_normalized(self, text: str) -> bytes:
@@ -150,19 +157,18 @@ class Unigram:
 
     def _encode_word(self, word: str) -> bytes:
         cut = self._boundaries.units
-        if (
-            cut is None
-            or len(word) > self._max_cut_len
-            or any(token in word for token in self._special)
-        ):
+        if cut is None or len(word) > self._max_cut_len or self._find_special(word):
+            return self._encode_whole(word)
+        units = cut(word)
+        if units[0] == word and (len(word) <= _MAX_UNIT_LEN or word[1:].isascii()):
             return self._encode_whole(word)
         try:
-            return b"".join(map(self._units.__getitem__, cut(word)))
+            return b"".join(map(self._units.__getitem__, units))
         except NotAlone:
             return self._encode_whole(word)
 
     def _encode_unit(self, unit: str) -> bytes:
-        if len(unit) > _MAX_UNIT_LEN:
+        if len(unit) > _MAX_UNIT_LEN and not unit.isascii():
             pieces = self._boundaries.pieces(unit)
             if len(pieces) > 1:
                 return b"".join(map(self._units.__getitem__, pieces))
@@ -194,8 +200,10 @@ class _UnitEncoder:
 
     def __call__(self, unit: str, margin: float = 0.0) -> bytes:
         """Raises NotAlone if the best path is nearer than `margin` to another, if that is not 0."""
-        best, last_len = self._best(unit)
         find, end = self._id_of.get, len(unit)
+        if end == 1 and (known := find(unit, self._unk_id)) != self._unk_id:
+            return pack_tokens([known])
+        best, last_len = self._best(unit)
         pieces = []
         while end:
             if margin and self._is_near(unit, end, best, margin):

@@ -9,14 +9,14 @@ Every block is in exactly one of three states:
     evictable   unused, its content still cached    in `_evictable`
 
 A block that was registered has an id and stays cached, used or not, until its
-room is needed; one id names at most one block. Shared blocks are full and never
-written again, so sharing needs no copy.
+room is needed; one id names at most one block of a group (see layout.py). Shared
+blocks are full and never written again, so sharing needs no copy.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from headrace.blocks import short_id
 
@@ -25,17 +25,26 @@ if TYPE_CHECKING:
 
     from headrace.blocks import BlockId
 
+#: A block id in group 0; (group, block id) in the others.
+_Key: TypeAlias = "BlockId | tuple[int, BlockId]"
+
 
 class BlockManager:
-    """`num_blocks` blocks, numbered from 0. Not thread-safe."""
+    """`num_blocks` blocks, numbered from 0. Not thread-safe.
 
-    def __init__(self, num_blocks: int) -> None:
+    `reaches` has an entry for each group: how many full blocks before a position
+    it needs there, None for all. Only group 0's blocks are told of in changes.
+    """
+
+    def __init__(self, num_blocks: int, reaches: Sequence[int | None] = (None,)) -> None:
         self.num_blocks = num_blocks
+        self._reaches = tuple(reaches)
+        self._is_simple = self._reaches == (None,)
         self._free = list(range(num_blocks - 1, -1, -1))
         self._num_references = [0] * num_blocks
         #: What a cached block holds; None for a block that is not cached.
-        self._id_of: list[BlockId | None] = [None] * num_blocks
-        self._cached: dict[BlockId, int] = {}
+        self._key_of: list[_Key | None] = [None] * num_blocks
+        self._cached: dict[_Key, int] = {}
         #: Least recently used first.
         self._evictable: dict[int, None] = {}
         #: Net changes since they were last taken: short id -> now cached or not.
@@ -51,15 +60,42 @@ class BlockManager:
         """Blocks that sequences use."""
         return self.num_blocks - self.num_available
 
-    def find_prefix(self, ids: Iterable[BlockId]) -> list[int]:
-        """The blocks that hold the longest cached prefix of `ids`. Changes nothing."""
-        found = []
-        for block_id in ids:
-            block = self._cached.get(block_id)
-            if block is None:
-                break
-            found.append(block)
-        return found
+    def find_prefix(self, ids: Sequence[BlockId]) -> tuple[int, list[list[int]]]:
+        """The longest prefix of `ids` from which a sequence can go on: how many blocks
+        of tokens, and for each group the cached blocks that it needs of them, the
+        last ones. Changes nothing."""
+        cached = self._cached
+        if self._is_simple:
+            found = []
+            for block_id in ids:
+                block = cached.get(block_id)
+                if block is None:
+                    break
+                found.append(block)
+            return len(found), [found]
+        count = self._longest(ids)
+        firsts = [0 if reach is None else max(0, count - reach) for reach in self._reaches]
+        return count, [
+            [cached[_key(group, block_id)] for block_id in ids[first:count]]
+            for group, first in enumerate(firsts)
+        ]
+
+    def _longest(self, ids: Sequence[BlockId]) -> int:
+        """Blocks of the longest prefix whose end every group reaches back from."""
+        longest, runs = 0, [0] * len(self._reaches)
+        for count, block_id in enumerate(ids, 1):
+            is_usable = True
+            for group, reach in enumerate(self._reaches):
+                if _key(group, block_id) in self._cached:
+                    runs[group] += 1
+                elif reach is None:
+                    return longest
+                else:
+                    runs[group] = 0
+                is_usable &= runs[group] >= (count if reach is None else min(count, reach))
+            if is_usable:
+                longest = count
+        return longest
 
     def num_unused(self, blocks: Iterable[int]) -> int:
         """How many of cached `blocks` nobody uses: taking them lowers `num_available`."""
@@ -89,13 +125,15 @@ class BlockManager:
             taken.append(block)
         return taken
 
-    def register(self, block: int, block_id: BlockId) -> None:
+    def register(self, block: int, block_id: BlockId, group: int = 0) -> None:
         """Cache a used, full block under its id. Of two blocks with one id the first stays."""
-        if block_id in self._cached or self._id_of[block] is not None:
+        key = _key(group, block_id)
+        if key in self._cached or self._key_of[block] is not None:
             return
-        self._cached[block_id] = block
-        self._id_of[block] = block_id
-        self._note(block_id, cached=True)
+        self._cached[key] = block
+        self._key_of[block] = key
+        if not group:
+            self._note(block_id, cached=True)
 
     def release(self, blocks: Sequence[int]) -> None:
         """Remove a user of `blocks`, given in the sequence's order.
@@ -109,7 +147,7 @@ class BlockManager:
             self._num_references[block] -= 1
             if self._num_references[block]:
                 continue
-            if self._id_of[block] is None:
+            if self._key_of[block] is None:
                 self._free.append(block)
             else:
                 self._evictable[block] = None
@@ -121,8 +159,8 @@ class BlockManager:
         return stored, [short for short, cached in changes.items() if not cached]
 
     def owned(self) -> list[int]:
-        """Short ids of all cached blocks."""
-        return [short_id(block_id) for block_id in self._cached]
+        """Short ids of all cached blocks of group 0."""
+        return [short_id(key) for key in self._cached if isinstance(key, bytes)]
 
     def check(self, users: Iterable[Sequence[int]]) -> None:
         """Raise AssertionError if an invariant at the top of this file is broken. For tests.
@@ -133,23 +171,24 @@ class BlockManager:
         free, evictable = set(self._free), set(self._evictable)
         assert len(free) == len(self._free)
         for block, count in enumerate(self._num_references):
-            is_cached = self._id_of[block] is not None
+            is_cached = self._key_of[block] is not None
             assert count == expected[block]
             assert (count > 0) + (block in free) + (block in evictable) == 1
             assert count < 2 or is_cached
             assert block not in free or not is_cached
             assert block not in evictable or is_cached
-        held = {block_id: b for b, block_id in enumerate(self._id_of) if block_id is not None}
+        held = {key: block for block, key in enumerate(self._key_of) if key is not None}
         assert held == self._cached
 
     def _evict(self) -> int:
         block = next(iter(self._evictable))
         del self._evictable[block]
-        block_id = self._id_of[block]
-        assert block_id is not None
-        self._id_of[block] = None
-        del self._cached[block_id]
-        self._note(block_id, cached=False)
+        key = self._key_of[block]
+        assert key is not None
+        self._key_of[block] = None
+        del self._cached[key]
+        if isinstance(key, bytes):
+            self._note(key, cached=False)
         return block
 
     def _note(self, block_id: BlockId, *, cached: bool) -> None:
@@ -157,3 +196,7 @@ class BlockManager:
         # The opposite change is pending: together they are none.
         if self._changes.pop(short, cached) == cached:
             self._changes[short] = cached
+
+
+def _key(group: int, block_id: BlockId) -> _Key:
+    return (group, block_id) if group else block_id

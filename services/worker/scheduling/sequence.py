@@ -8,7 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from headrace.blocks import ID_LEN, block_ids, pack_tokens
+from headrace.errors import InvalidArgument
 from services.worker.engine import SequenceEnd
+from services.worker.scheduling.waiting import PATIENCE_S
 
 if TYPE_CHECKING:
     from headrace.blocks import BlockId
@@ -18,40 +20,58 @@ if TYPE_CHECKING:
 class SequenceState:
     """One accepted or refused request. Mutated by the engine core only.
 
-    `num_computed` tokens have their KV in the blocks of `block_table`, the first
-    `num_registered` of which are full and known to the prefix cache.
+    `num_computed` tokens have their KV in the blocks of `tables`, one a KV group, the
+    first `num_registered` of which are full and known to the prefix cache. A table of
+    a windowed group holds nothing before its entry of `firsts`:
+
+        block of the sequence    0  1  2  3  4  5
+        table, first = 3                  7  2  9
     """
 
     __slots__ = (
-        "_block_ids", "_block_size", "_max_len", "_namespace_key", "_stop_token_ids",
-        "block_table", "cached_tokens", "first_token_at", "num_computed", "num_prompt_tokens",
-        "num_registered", "num_tokens", "order", "request", "sequence_id", "started_at",
-        "submitted_at", "tokens",
+        "_block_ids", "_block_size", "_max_len", "_min_tokens", "_namespace_key", "_stop_sequences",
+        "cached_tokens", "end_token_ids", "first_token_at", "firsts", "num_computed",
+        "num_prompt_tokens", "num_registered", "num_scored", "num_tokens", "order", "request",
+        "sequence_id", "started_at", "submitted_at", "tables", "tenant", "tokens",
     )  # fmt: skip
 
     def __init__(
-        self, request: SequenceRequest, info: EngineInfo, arrival: int, submitted_at: float
+        self,
+        request: SequenceRequest,
+        info: EngineInfo,
+        max_len: int,
+        arrival: int,
+        submitted_at: float,
     ) -> None:
         self.request = request
         self.sequence_id = request.sequence_id
-        #: The scheduler's order: smaller is served first.
-        self.order = (-request.priority, arrival)
+        self.tenant = request.tenant
+        patience = request.timeout_ms / 1000 if request.timeout_ms else PATIENCE_S
+        #: The scheduler's order, smaller is served first: priority, when due, arrival.
+        self.order = (-request.priority, submitted_at + patience, arrival)
         self.tokens = request.prompt_ids + request.generated_ids
         #: Tokens known: prompt and generated.
         self.num_tokens = len(self.tokens)
         self.num_prompt_tokens = len(request.prompt_ids)
         self.num_computed = 0
         self.num_registered = 0
-        self.block_table: list[int] = []
+        self.tables: list[list[int]] = []
+        self.firsts: list[int] = []
         self.submitted_at = submitted_at
         self.started_at: float | None = None
         self.first_token_at: float | None = None
         self.cached_tokens = 0
         sampling = request.sampling
-        self._stop_token_ids = frozenset(
+        self.end_token_ids = frozenset(
             sampling.stop_token_ids + (() if sampling.ignore_eos else info.eos_token_ids)
         )
-        self._max_len = max_len(info)
+        self._min_tokens = sampling.min_tokens
+        self._stop_sequences = [list(ids) for ids in sampling.stop_token_sequences]
+        #: Prompt tokens whose log probabilities are out; the first token has none, and
+        #: who resumes behind the prompt has all.
+        wants_scores = sampling.prompt_logprobs is not None and not request.generated_ids
+        self.num_scored = 1 if wants_scores else self.num_prompt_tokens
+        self._max_len = max_len
         if sampling.max_tokens is not None:
             self._max_len = min(self._max_len, self.num_prompt_tokens + sampling.max_tokens)
         self._block_ids: list[BlockId] = []
@@ -65,8 +85,13 @@ class SequenceState:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that it holds."""
-        return len(self.block_table)
+        """Length of its tables, what windowed groups gave up counted."""
+        return self.firsts[0] + len(self.tables[0]) if self.tables else 0
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether more than its last token is still to be computed."""
+        return self.num_tokens - self.num_computed > 1
 
     def block_ids(self, count: int) -> list[BlockId]:
         """Ids of its first `count` blocks, all full. Computed once, when first asked for."""
@@ -90,9 +115,22 @@ class SequenceState:
 
     def ending(self) -> EndReason | None:
         """Why it is at its end after its last generated token, if it is."""
-        if self.tokens[-1] in self._stop_token_ids:
+        if self.num_generated >= self._min_tokens and (
+            self.tokens[-1] in self.end_token_ids
+            or (self._stop_sequences and self._ends_in_stop_sequence())
+        ):
             return "stop"
         return "length" if self.num_tokens >= self._max_len else None
+
+    def _ends_in_stop_sequence(self) -> bool:
+        return any(
+            self.num_generated >= len(ids) and self.tokens[-len(ids) :] == ids
+            for ids in self._stop_sequences
+        )
+
+    def to_score(self, start: int, end: int) -> range:
+        """Positions of prompt tokens that computing tokens `start … end - 1` scores."""
+        return range(max(self.num_scored, start + 1), min(end + 1, self.num_prompt_tokens))
 
     def end(self, reason: EndReason, now: float, error: str = "") -> SequenceEnd:
         """Its end at time `now`, in seconds."""
@@ -107,23 +145,21 @@ class SequenceState:
             queue_ms=(started - self.submitted_at) * 1000,
             prefill_ms=(first - started) * 1000,
             decode_ms=(now - first) * 1000,
-            stopped_by_token=reason == "stop",
+            stopped_by_token=reason == "stop" and self.tokens[-1] in self.end_token_ids,
             error=error,
         )
 
 
-def max_len(info: EngineInfo) -> int:
-    """The longest sequence, in tokens, that context and KV cache allow."""
-    return min(info.context_len, info.total_blocks * info.block_size)
+def fault(request: SequenceRequest, info: EngineInfo, max_len: int) -> str:
+    """Why `request` can never run on this engine, naming field, limit and value; or nothing.
 
-
-def fault(request: SequenceRequest, info: EngineInfo) -> str:
-    """Why `request` can never run on this engine, naming field, limit and value; or nothing."""
+    `max_len` is the longest sequence that context and KV cache allow.
+    """
     num_prompt = len(request.prompt_ids)
     num_tokens = num_prompt + len(request.generated_ids)
     if not num_prompt:
         return "prompt_ids must not be empty"
-    limit = max_len(info)
+    limit = max_len
     # A resumed sequence may have reached the limit just before it was lost.
     if num_prompt >= limit or num_tokens > limit:
         what = "context length" if limit == info.context_len else "KV cache's size"
@@ -140,4 +176,8 @@ def fault(request: SequenceRequest, info: EngineInfo) -> str:
             return f"{field} must be below the vocabulary size {info.vocab_size}, not {bad}"
     if len(request.namespace_key) != ID_LEN:
         return f"namespace_key must be {ID_LEN} bytes, not {len(request.namespace_key)}"
+    try:
+        request.sampling.check_vocabulary(info.vocab_size)
+    except InvalidArgument as error:
+        return error.message
     return ""

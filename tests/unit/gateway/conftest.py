@@ -77,6 +77,7 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         self.digest = DIGEST
         self.encodes: list[Any] = []
         self.num_lists = 0
+        self.strips_first_space = False
         self.answers = asyncio.Event()
         self.answers.set()
 
@@ -114,6 +115,7 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
             lengths=b"".join(len(piece).to_bytes(2, "little") for piece in pieces),
             special=bytes(256) + b"\1\0",
             eos_token_ids=[EOS],
+            strips_first_space=self.strips_first_space,
         )
         data = table.SerializeToString()
         for start in range(0, len(data), 100):
@@ -197,6 +199,8 @@ class Sink:
     def __init__(self) -> None:
         self.texts: dict[int, str] = {}
         self.token_ids: dict[int, list[int]] = {}
+        self.logprobs: dict[int, bytes] = {}
+        self.prompt_logprobs: dict[int, bytes] = {}
         self.reasons: dict[int, str] = {}
         self.num_deltas = 0
         self.usage: Any = None
@@ -206,9 +210,14 @@ class Sink:
     def is_over(self) -> bool:
         return self.usage is not None or self.error is not None
 
-    def on_delta(self, index: int, text: str, token_ids: list[int]) -> None:
+    def on_prompt_logprobs(self, index: int, data: bytes) -> None:
+        assert index not in self.token_ids
+        self.prompt_logprobs[index] = self.prompt_logprobs.get(index, b"") + data
+
+    def on_delta(self, index: int, text: str, token_ids: list[int], logprobs: bytes = b"") -> None:
         assert not self.is_over
         assert index not in self.reasons
+        self.logprobs[index] = self.logprobs.get(index, b"") + logprobs
         self.num_deltas += 1
         self.texts[index] = self.texts.get(index, "") + text
         self.token_ids.setdefault(index, []).extend(token_ids)
@@ -265,7 +274,7 @@ class Mesh:
         await self.start_peers(num_workers)
         config = GatewayConfig(
             tokenizer=f"127.0.0.1:{self.tokenizer_port}",
-            router=f"127.0.0.1:{self.router_port}",
+            router=(f"127.0.0.1:{self.router_port}",),
             http="127.0.0.1:0",
             grpc="127.0.0.1:0",
             **{"drain_timeout_s": 0.0, **options},

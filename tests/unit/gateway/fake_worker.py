@@ -14,7 +14,8 @@ from typing import Any
 
 import grpc
 
-from headrace.blocks import TOKEN_LEN
+from headrace.blocks import TOKEN_LEN, unpack_tokens
+from headrace.logprobs import TokenLogprobs, pack
 from headrace.rpc.frames import Assembler, FrameLog, FrameReceiver
 from headrace.rpc.options import SERVER
 from headrace.v1 import types_pb2, worker_pb2, worker_pb2_grpc
@@ -43,8 +44,15 @@ class Session:
     log: FrameLog[Any] = field(default_factory=lambda: FrameLog(1 << 20))
     received: FrameReceiver = field(default_factory=FrameReceiver)
     assembler: Assembler = field(default_factory=Assembler)
+    scores: list[Any] = field(default_factory=list)
     live: dict[int, Live] = field(default_factory=dict)
     ends: list[Any] = field(default_factory=list)
+
+
+def scores(position: int, token: int, count: int) -> bytes:
+    """The made-up log probabilities of a token."""
+    top = [(letter, -float(position) - letter) for letter in range(count)]
+    return pack([TokenLogprobs((token, -float(position)), top)])
 
 
 class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
@@ -67,6 +75,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         #: Acknowledgements are ignored: everything is repeated after a break.
         self.repeats_all = False
         self.cached_tokens = 0
+        #: Records of a prompt that it sends before it says no more.
+        self.max_prompt_scores = 1 << 30
+        self.sends_scores = True
         self.sessions: dict[str, Session] = {}
         self.submissions: list[Any] = []
         self.cancels: list[int] = []
@@ -153,6 +164,17 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.submissions.append(submission)
         generated = [0] * (len(submission.generated_ids) // TOKEN_LEN)
         session.live[submission.slot] = Live(submission, generated)
+        sampling = submission.sampling
+        if sampling.HasField("prompt_logprobs") and not generated:
+            ids = unpack_tokens(submission.prompt_ids)
+            data = [
+                scores(position, token, sampling.prompt_logprobs)
+                for position, token in enumerate(ids[: self.max_prompt_scores])
+                if position
+            ]
+            session.scores += [
+                worker_pb2.SequenceLogprobs(slot=submission.slot, prompt=part) for part in data
+            ]
         if self.fail_with is not None:
             del session.live[submission.slot]
             end = self._end(submission.slot, types_pb2.FINISH_REASON_ERROR)
@@ -167,10 +189,13 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                 if len(live.generated) >= self.allowance:
                     continue
                 token = self.script(len(live.generated))
+                sampling = live.submission.sampling
+                if sampling.HasField("logprobs") and self.sends_scores:
+                    data = scores(len(live.generated), token, sampling.logprobs)
+                    session.scores.append(worker_pb2.SequenceLogprobs(slot=slot, tokens=data))
                 live.generated.append(token)
                 slots.append(slot)
                 token_ids.append(token)
-                sampling = live.submission.sampling
                 stopped = token == EOS and not sampling.ignore_eos
                 stopped = stopped or token in sampling.stop_token_ids
                 if stopped or len(live.generated) >= sampling.max_tokens:
@@ -179,10 +204,13 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                     )
                     session.ends.append(self._end(slot, reason))
                     del session.live[slot]
-        if not slots and not session.ends:
+        if not slots and not session.ends and not session.scores:
             return None
-        frame = worker_pb2.AttachResponse(slots=slots, token_ids=token_ids, ends=session.ends)
+        frame = worker_pb2.AttachResponse(
+            slots=slots, token_ids=token_ids, ends=session.ends, logprobs=session.scores
+        )
         session.ends.clear()
+        session.scores.clear()
         frame.ack = session.received.last
         frame.frame = session.log.next_number()
         session.log.keep(frame, frame.ByteSize())

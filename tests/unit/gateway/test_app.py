@@ -20,7 +20,7 @@ from services.gateway.config import GatewayConfig
 
 def a_config(**values: Any) -> GatewayConfig:
     edges = {"http": "127.0.0.1:0", "grpc": "127.0.0.1:0"}
-    return GatewayConfig(tokenizer="127.0.0.1:1", router="127.0.0.1:1", **{**edges, **values})
+    return GatewayConfig(tokenizer="127.0.0.1:1", router=("127.0.0.1:1",), **{**edges, **values})
 
 
 async def test_http_and_grpc_share_the_pipeline(mesh: Any) -> None:

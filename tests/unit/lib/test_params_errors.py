@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
+from typing import Any
 
 import grpc
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from headrace import errors
 from headrace.errors import HeadraceError, InvalidArgument
 from headrace.params import SamplingParams
+from headrace.rpc.convert import sampling_from_proto, sampling_to_proto
 from headrace.rpc.errors import from_exception, from_proto, to_proto
 
 
@@ -26,6 +29,16 @@ from headrace.rpc.errors import from_exception, from_proto, to_proto
         ("max_tokens", 0),
         ("seed", -1),
         ("seed", 1 << 64),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", 10.5),
+        ("repetition_penalty", math.nan),
+        ("presence_penalty", -2.1),
+        ("frequency_penalty", 2.1),
+        ("frequency_penalty", math.inf),
+        ("min_tokens", -1),
+        ("logprobs", 21),
+        ("logprobs", -1),
+        ("prompt_logprobs", 21),
     ],
 )
 def test_out_of_range_names_field_and_value(field: str, value: float) -> None:
@@ -33,6 +46,62 @@ def test_out_of_range_names_field_and_value(field: str, value: float) -> None:
         SamplingParams(**{field: value}).validate()
     assert caught.value.field == field
     assert f"{value:g}" in caught.value.message or str(value) in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "said"),
+    [
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", r"max_tokens \(4\), not 5"),
+        ({"stop_token_ids": (1,) * 257}, "stop_token_ids", "at most 256 ids, not 257"),
+        ({"logit_bias": ((1, 1.0), (1, 2.0))}, "logit_bias", "not 1 twice"),
+        ({"logit_bias": ((1, 100.5),)}, "logit_bias[1]", "not 100.5"),
+        (
+            {"logit_bias": tuple((token, 1.0) for token in range(1025))},
+            "logit_bias", "at most 1024 entries, not 1025",
+        ),
+        ({"stop_token_sequences": ((1,),) * 17}, "stop_token_sequences", "at most 16 .* not 17"),
+        ({"stop_token_sequences": ((1,), ())}, "stop_token_sequences[1]", "1 to 32 .* not 0"),
+        ({"bad_token_sequences": ((1,) * 33,)}, "bad_token_sequences[0]", "1 to 32 .* not 33"),
+        ({"bad_token_sequences": ((1,),) * 257}, "bad_token_sequences", "at most 256 .* not 257"),
+    ],
+)  # fmt: skip
+def test_lists_beyond_their_limits_are_refused(
+    values: dict[str, Any], field: str, said: str
+) -> None:
+    with pytest.raises(InvalidArgument, match=said) as caught:
+        SamplingParams(**values).validate()
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"stop_token_ids": (1, 100)}, "stop_token_ids"),
+        ({"logit_bias": ((100, 1.0),)}, "logit_bias"),
+        ({"stop_token_sequences": ((1,), (2, 100))}, "stop_token_sequences[1]"),
+        ({"bad_token_sequences": ((100,),)}, "bad_token_sequences[0]"),
+    ],
+)
+def test_token_ids_outside_the_vocabulary_are_refused(values: dict[str, Any], field: str) -> None:
+    params = SamplingParams(**values)
+    params.check_vocabulary(101)
+    with pytest.raises(InvalidArgument, match="100") as caught:
+        params.check_vocabulary(100)
+    assert caught.value.field == field
+
+
+def test_parameters_cross_the_wire() -> None:
+    plain = SamplingParams(seed=1, max_tokens=5)
+    assert sampling_from_proto(sampling_to_proto(plain)) == plain
+    full = SamplingParams(
+        temperature=0.7, top_p=0.9, top_k=7, min_p=0.05, seed=9, max_tokens=50, ignore_eos=True,
+        stop_token_ids=(4, 2), repetition_penalty=1.3, presence_penalty=-0.4,
+        frequency_penalty=0.2, logit_bias=((3, -99.5), (70, 0.1)), min_tokens=6,
+        stop_token_sequences=((1, 2), (3,)), bad_token_sequences=((5,), (6, 7)), logprobs=0,
+        prompt_logprobs=20,
+    )  # fmt: skip
+    assert not [f.name for f in fields(full) if getattr(full, f.name) == getattr(plain, f.name)]
+    assert sampling_from_proto(sampling_to_proto(full)) == full
 
 
 def test_the_edges_are_allowed() -> None:

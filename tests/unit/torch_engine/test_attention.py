@@ -16,6 +16,7 @@ from services.worker.engines.torch.attention import (
     spans_of,
 )
 from services.worker.engines.torch.device import Placement
+from services.worker.model_config import LayerAttention
 from services.worker.plan import ScheduledSequence, StepPlan
 
 NUM_BLOCKS, BLOCK_SIZE = 40, 4
@@ -27,6 +28,7 @@ class Shape:
     num_kv_heads: int = 2
     head_dim: int = 8
     num_heads: int = 6
+    attention: tuple[LayerAttention, ...] = (LayerAttention(),)
 
 
 def plan_of(*runs: tuple[int, int, list[int]]) -> StepPlan:
@@ -64,9 +66,20 @@ PLANS = {
 }
 
 
-def make_cache() -> KVCache:
+OPTIONS = {
+    "plain": LayerAttention(),
+    "window": LayerAttention(window=5),
+    "window of one": LayerAttention(window=1),
+    "window over a slice": LayerAttention(window=130),
+    "scale": LayerAttention(scale=0.2),
+    "soft cap": LayerAttention(soft_cap=0.7),
+    "all": LayerAttention(window=6, scale=0.5, soft_cap=2.0),
+}
+
+
+def make_cache(options: LayerAttention = OPTIONS["plain"]) -> KVCache:
     cpu = Placement(torch.device("cpu"), torch.float32, torch.float32)
-    cache = KVCache(Shape(), NUM_BLOCKS, BLOCK_SIZE, cpu)  # type: ignore[arg-type]
+    cache = KVCache(Shape(attention=(options,)), NUM_BLOCKS, BLOCK_SIZE, cpu)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(1)
     cache.layers[0].copy_(torch.randn(cache.layers[0].shape, generator=generator))
     return cache
@@ -74,20 +87,36 @@ def make_cache() -> KVCache:
 
 @pytest.mark.parametrize("name", [name for name in ATTENTION if name != "plain"])
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
-def test_agrees_with_plain(name: str, plan: StepPlan) -> None:
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_agrees_with_plain(name: str, plan: StepPlan, options: LayerAttention) -> None:
     torch.manual_seed(2)
     heads = torch.randn(plan.num_tokens, Shape.num_heads + 2 * Shape.num_kv_heads, Shape.head_dim)
     # As in a model: slices of one product, so not contiguous.
     query, key_value = heads[:, : Shape.num_heads], heads[:, Shape.num_heads :]
     results, caches = [], []
     for way in ("plain", name):
-        cache = make_cache()
+        cache = make_cache(options)
         attend = attention_class(way)(cache, spans_of(plan, BLOCK_SIZE))
         results.append(attend(0, query, key_value))
         caches.append(cache.layers[0])
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
     assert torch.equal(caches[0], caches[1])
     assert results[1].is_contiguous()
+
+
+def test_plain_with_options_is_the_formula() -> None:
+    """One query at position 12 under a window of 6 sees positions 7 to 12."""
+    options = OPTIONS["all"]
+    cache = make_cache(options)
+    stored = cache.layers[0].flatten(1, 2).clone()
+    query, key_value = torch.randn(1, 6, 8), torch.randn(1, 4, 8)
+    stored[:, 12] = key_value[0]
+    plan = plan_of((12, 1, [0, 1, 2, 3]))
+    found = attention_class("plain")(cache, spans_of(plan, BLOCK_SIZE))(0, query, key_value)
+    for head in range(6):
+        keys, values = stored[head // 3, 7:13], stored[2 + head // 3, 7:13]
+        scores = torch.tanh(keys @ query[0, head] * 0.5 / 2.0) * 2.0
+        torch.testing.assert_close(found[0, head], scores.softmax(0) @ values)
 
 
 @pytest.mark.parametrize("name", ATTENTION)

@@ -12,6 +12,7 @@ import torch
 
 from headrace.errors import StartupError
 from headrace.models.files import from_path
+from headrace.models.gguf_file import TENSOR_TYPES
 from services.worker import model_config
 from services.worker.engines.torch.device import place
 from services.worker.engines.torch.engine import load
@@ -41,16 +42,22 @@ def random_blocks(kind: Types, rows: int = ROWS) -> np.ndarray:
     random = np.random.default_rng(int(kind))
     elements, length = gguf.GGML_QUANT_SIZES[kind]
     raw = random.integers(0, 256, (rows * COLUMNS // elements, length), dtype=np.uint8)
-    if kind in (Types.Q4_0, Types.Q8_0):
+    if kind in (Types.Q4_0, Types.Q5_0, Types.Q8_0):
         raw[:, 1] &= 0xBF
-    elif kind == Types.Q4_1:
+    elif kind in (Types.Q4_1, Types.Q5_1, Types.Q4_K, Types.Q5_K):
         raw[:, [1, 3]] &= 0xBF
-    elif kind == Types.Q6_K:
+    elif kind in (Types.Q6_K, Types.Q3_K):
         raw[:, -1] &= 0xBF
+    elif kind == Types.Q2_K:
+        raw[:, [-1, -3]] &= 0xBF
     return raw.reshape(rows, -1)
 
 
-@pytest.mark.parametrize("kind", [Types.Q4_0, Types.Q4_1, Types.Q8_0, Types.Q6_K])
+@pytest.mark.parametrize(
+    "kind",
+    [Types[name] for name, elements, _ in TENSOR_TYPES.values() if elements > 1],
+    ids=lambda kind: kind.name,
+)
 @pytest.mark.parametrize("rows", [ROWS, 1100])
 def test_dequantizes_as_the_library(tmp_path: Path, kind: Types, rows: int) -> None:
     blocks = random_blocks(kind, rows)

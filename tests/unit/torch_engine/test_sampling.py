@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from headrace.params import SamplingParams
-from services.worker.engines.torch.sampling import SamplingBatch, sample
+from services.worker.engines.torch.sampling import choice
+from services.worker.engines.torch.sampling.batch import SamplingBatch
+from services.worker.engines.torch.sampling.choice import choose
 from services.worker.engines.torch.sampling.noise import exponential, row_keys
+from services.worker.engines.torch.sampling.top import argmax, descending, top
 
 CPU = torch.device("cpu")
 VOCAB = 2000
 
 
-def draw(logits: torch.Tensor, params: list[SamplingParams], positions: list[int]) -> list[int]:
-    batch = SamplingBatch.of(params, positions, logits.shape[1], CPU)
-    return sample(logits, batch).tolist()
+def draw(
+    logits: torch.Tensor, params: list[SamplingParams], positions: list[int], **options: Any
+) -> list[int]:
+    batch = SamplingBatch.of(params, logits.shape[1], CPU)
+    return choose(logits, batch, torch.tensor(positions), **options).tolist()
 
 
 def chi_square_limit(freedom: int) -> float:
@@ -127,21 +133,73 @@ def test_a_token_is_the_same_alone_and_in_any_batch() -> None:
     assert backwards[::-1] == together
 
 
-@pytest.mark.parametrize("num_candidates", [1, 20, VOCAB])
-def test_few_candidates_choose_as_all_do(num_candidates: int) -> None:
+@pytest.mark.parametrize("num_candidates", [(1,), (20, 300), ()])
+def test_few_candidates_choose_as_all_do(num_candidates: tuple[int, ...]) -> None:
     """The fast path against its plain twin: the same race over the whole vocabulary."""
     logits = torch.randn(200, VOCAB, generator=torch.Generator().manual_seed(5)) * 3
     params = [
         SamplingParams(0.7 + 0.001 * i, (0.5, 0.9, 1.0)[i % 3], (0, 40, 600)[i % 7 % 3], 0.01, i)
         for i in range(200)
     ]
-    batch = SamplingBatch.of(params, range(200), VOCAB, CPU)
-    assert torch.equal(sample(logits, batch, num_candidates), sample(logits, batch))
+    positions = list(range(200))
+    assert draw(logits, params, positions, num_candidates=num_candidates) == (
+        draw(logits, params, positions)
+    )
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 2.0])
+def test_few_blocks_choose_as_all_do(scale: float, temperature: float) -> None:
+    """Peaked and flat rows: a block that wins among a few wins among all."""
+    vocab_size = 3 * choice.NUM_BLOCKS * choice.RACE_BLOCK
+    logits = torch.randn(40, vocab_size, generator=torch.Generator().manual_seed(6)) * scale
+    logits[:20, 777] += 20 * scale
+    params = [SamplingParams(temperature, seed=seed) for seed in range(40)]
+    batch = SamplingBatch.of(params, vocab_size, CPU)
+    assert batch.free is not None
+    blocks = torch.arange(3 * choice.NUM_BLOCKS, dtype=torch.int32)[None]
+    noise = exponential(row_keys(batch.seeds, batch.seeds), blocks)
+    temperatures = batch.free.temperature
+    found = choice._likely_block(logits, temperatures, noise)
+    assert torch.equal(found, choice._block(logits, temperatures, noise, None))
+
+
+def test_a_large_vocabulary_is_drawn_by_its_probabilities() -> None:
+    """Tokens far apart, in likely and unlikely blocks."""
+    vocab_size = 3 * choice.NUM_BLOCKS * choice.RACE_BLOCK
+    logits = torch.full((1, vocab_size), -5.0)
+    marked = torch.tensor([3, 4, 129, 5000, vocab_size - 1])
+    logits[0, marked] = torch.tensor([4.0, 5.0, 3.0, 4.5, 2.0])
+    expected = logits[0].double().softmax(0)
+    num_draws = 20_000
+    counts = torch.zeros(vocab_size)
+    for first in range(0, num_draws, 500):
+        params = [SamplingParams(seed=seed) for seed in range(first, first + 500)]
+        tokens = draw(logits.expand(500, -1).contiguous(), params, [9] * 500)
+        counts += torch.bincount(torch.tensor(tokens), minlength=vocab_size)
+    found = torch.cat((counts[marked], (num_draws - counts[marked].sum())[None]))
+    wanted = torch.cat((expected[marked], (1 - expected[marked].sum())[None])) * num_draws
+    assert ((found - wanted) ** 2 / wanted).sum() < chi_square_limit(5)
+
+
+@pytest.mark.parametrize("vocab_size", [40, 2048, 2050, 20_480])
+def test_the_best_are_found_through_their_blocks(vocab_size: int) -> None:
+    logits = torch.randn(7, vocab_size, generator=torch.Generator().manual_seed(8))
+    logits[:, 30] = logits[:, 7] = logits.amax(-1)
+    assert argmax(logits).tolist() == logits.argmax(-1).tolist()
+    assert argmax(logits).max() <= 30
+    for count in (1, 5, 30, 300):
+        if count <= vocab_size:
+            values, ids = top(logits, count)
+            assert torch.equal(values, logits.topk(count).values)
+            assert torch.equal(values, logits.gather(1, ids))
+            assert all(len(set(row)) == count for row in ids.tolist())
+    assert torch.equal(descending(logits), logits.sort(descending=True).values)
 
 
 def test_ties_at_the_cut_do_not_depend_on_candidates() -> None:
     """Hundreds of equal logits, more than there are candidates, all stay possible."""
-    logits = torch.zeros(1, VOCAB).expand(300, -1)
+    logits = torch.zeros(300, VOCAB)
     params = [SamplingParams(top_k=10, seed=seed) for seed in range(300)]
     tokens = draw(logits, params, [0] * 300)
     assert len(set(tokens)) > 200

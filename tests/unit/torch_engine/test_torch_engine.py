@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
 from headrace.blocks import namespace_key
 from headrace.errors import StartupError
@@ -15,7 +14,7 @@ from services.worker.engines import create
 from services.worker.engines.torch.engine import TorchEngine
 from services.worker.engines.torch.models import MODELS, model_class
 from services.worker.engines.torch.runner import TorchRunner
-from services.worker.engines.torch.sampling import SamplingBatch, sample
+from services.worker.engines.torch.sampling import Sampler
 from services.worker.model_config import ARCHITECTURES
 from services.worker.plan import ScheduledSequence, StepPlan
 
@@ -96,8 +95,7 @@ def test_noise_is_that_of_the_sampled_position(tiny: Path) -> None:
         ]
         skipped = ScheduledSequence(2, PROMPTS[2][:3], 0, [9], False, SamplingParams(seed=1))
         plan = StepPlan([items[0], skipped, items[1]])
-        batch = SamplingBatch.of(params, [length, length], 320, torch.device("cpu"))
-        expected = sample(runner.logits(plan), batch).tolist()
+        expected = Sampler().sample(runner.logits(plan), items).token_ids
         assert runner.execute(plan).token_ids == expected
 
 

@@ -55,6 +55,43 @@ def test_a_bias_is_not_ignored(tiny: Path) -> None:
         _load(tiny)
 
 
+def test_a_bias_that_an_architecture_has_is_missed(tiny: Path) -> None:
+    with pytest.raises(StartupError, match=r"layers\.0\.self_attn\.q_proj\.bias is missing"):
+        _load(tiny, model_type="qwen2")
+
+
+def test_a_bias_of_another_shape_is_named(tiny: Path) -> None:
+    bias = {f"model.layers.0.self_attn.{part}_proj.bias": torch.zeros(48) for part in "qkv"}
+    write_safetensors(tiny / "model.safetensors", tiny_tensors() | bias)
+    with pytest.raises(StartupError, match=r"k_proj\.bias has shape \[48\].*asks for \[16\]"):
+        _load(tiny, model_type="qwen2")
+
+
+def test_experts_that_the_config_does_not_count_are_named(tiny: Path) -> None:
+    tensors = {name: tensor for name, tensor in tiny_tensors().items() if ".mlp." not in name}
+    for layer in range(2):
+        name = f"model.layers.{layer}.block_sparse_moe"
+        tensors[f"{name}.gate.weight"] = torch.zeros(3, 48)
+        for expert in range(3):
+            for part, shape in (("w1", (80, 48)), ("w2", (48, 80)), ("w3", (80, 48))):
+                tensors[f"{name}.experts.{expert}.{part}.weight"] = torch.zeros(shape)
+    write_safetensors(tiny / "model.safetensors", tensors)
+    config = {"model_type": "mixtral", "num_experts_per_tok": 1}
+    _load(tiny, **config, num_local_experts=3)
+    with pytest.raises(StartupError, match=r"moe\.gate\.weight has shape \[3, 48\].*\[2, 48\]"):
+        _load(tiny, **config, num_local_experts=2)
+    for layer in range(2):
+        tensors[f"model.layers.{layer}.block_sparse_moe.gate.weight"] = torch.zeros(4, 48)
+    write_safetensors(tiny / "model.safetensors", tensors)
+    with pytest.raises(StartupError, match=r"mlp\.experts\.3\.gate_proj is missing"):
+        _load(tiny, **config, num_local_experts=4)
+    for layer in range(2):
+        tensors[f"model.layers.{layer}.block_sparse_moe.gate.weight"] = torch.zeros(2, 48)
+    write_safetensors(tiny / "model.safetensors", tensors)
+    with pytest.raises(StartupError, match=r"no place for tensor \S+experts\.2\.w1\.weight"):
+        _load(tiny, **config, num_local_experts=2)
+
+
 def test_a_shape_against_the_config_is_named(tiny: Path) -> None:
     with pytest.raises(StartupError, match=r"gate_proj\.weight has shape \[80, 48\].*\[96, 48\]"):
         _load(tiny, intermediate_size=96)

@@ -71,6 +71,8 @@ def test_wrong_ids_are_refused(change: dict[str, bytes], field: str, said: str) 
         ({"temperature": 2.5}, "temperature", "not 2.5"),
         ({"top_p": 0.5}, "top_p", "not supported by the engine plain"),
         ({"stop_token_ids": (7,)}, "stop_token_ids", "not supported"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "not supported by the engine plain"),
+        ({"logprobs": 2}, "logprobs", "not supported"),
     ],
 )
 def test_wrong_sampling_is_refused(change: dict[str, object], field: str, said: str) -> None:
@@ -78,6 +80,14 @@ def test_wrong_sampling_is_refused(change: dict[str, object], field: str, said: 
     with pytest.raises(InvalidArgument, match=said) as caught:
         check(replace(GOOD, sampling=sampling), INFO)
     assert caught.value.field == field
+
+
+def test_token_ids_outside_the_vocabulary_are_refused() -> None:
+    info = replace(INFO, sampling=frozenset({"temperature", "logit_bias", "logprobs"}))
+    sampling = replace(GOOD.sampling, logit_bias=((100, 1.0),))
+    with pytest.raises(InvalidArgument, match="vocabulary size 100, not 100") as caught:
+        check(replace(GOOD, sampling=sampling), info)
+    assert caught.value.field == "logit_bias"
 
 
 def test_capacity() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,14 @@ from services.worker.engine_core import EngineCore
 from services.worker.engines.sim.clock import VirtualClock
 from services.worker.engines.sim.runner import SimRunner, StepTimes
 from services.worker.engines.sim.tokens import next_token
+from services.worker.kv import KVGroup
+from services.worker.plan import BlockTable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from services.worker.engine import SequenceEnd, StepOutput
-    from services.worker.plan import StepPlan, StepResult
+    from services.worker.plan import ScheduledSequence, StepPlan, StepResult
 
 NAMESPACE = bytes(16)
 EOS = 9
@@ -36,6 +39,8 @@ class TinyEngine:
     max_sequences: int = 4
     #: What sim chooses from.
     table: tuple[int, ...] = (0, 1, 2, 3)
+    #: Of its KV groups.
+    windows: tuple[int | None, ...] = (None,)
     step_ms: float = 10.0
     outputs: dict[int, list[int]] = field(default_factory=dict)
     ends: dict[int, SequenceEnd] = field(default_factory=dict)
@@ -67,16 +72,35 @@ class TinyEngine:
             self.clock.now,
             max_step_tokens=self.max_step_tokens,
             max_sequences=self.max_sequences,
+            kv_groups=[KVGroup((layer,), window) for layer, window in enumerate(self.windows)],
         )
         self._ids = count(1)
+        #: Slot -> (group, namespace, the tokens up to the one whose KV it holds).
+        self._kv: dict[int, tuple[int, bytes, tuple[int, ...]]] = {}
 
     def execute(self, plan: StepPlan) -> StepResult:
         """The Runner interface: records what it is asked and checks the plan's own promises."""
         self.plans.append(plan)
         assert 0 < plan.num_tokens <= self.max_step_tokens
         for item in plan.scheduled:
-            assert len(item.block_table) == -(-item.end // self.block_size)
+            tables = [BlockTable(item.first_block, item.block_table), *item.more_tables]
+            for group, table in enumerate(tables):
+                assert table.first + len(table.blocks) == -(-item.end // self.block_size)
+                self._check_kv(item, group, table)
         return self._runner.execute(plan)
+
+    def _check_kv(self, item: ScheduledSequence, group: int, table: BlockTable) -> None:
+        """Every position that a group sees holds what was computed for it; then compute."""
+        request = self.requests[item.sequence_id]
+        tokens = (request.prompt_ids + self.outputs[item.sequence_id])[: item.end]
+        window, size = self.windows[group], self.block_size
+        first = 0 if window is None else max(0, item.start - window + 1)
+        for position in range(first, item.end):
+            slot = table.blocks[position // size - table.first] * size + position % size
+            content = (group, request.namespace_key, tuple(tokens[: position + 1]))
+            if position < item.start:
+                assert self._kv[slot] == content
+            self._kv[slot] = content
 
     def submit(self, prompt: list[int], max_tokens: int | None = 4, **options: Any) -> int:
         """Queue a sequence; its id."""
@@ -143,11 +167,26 @@ class TinyEngine:
         else:
             assert (found, end.reason) == (expected, reason)
 
+    @property
+    def kv_len(self) -> int:
+        """Tokens of the longest sequence that the blocks hold."""
+        size = self.block_size
+        for length in range(self.context_len, 0, -1):
+            needed = 0
+            for window in self.windows:
+                most = sys.maxsize
+                if window is not None:
+                    most = -(-(window + self.max_step_tokens) // size) + 1
+                needed += min(-(-length // size), most)
+            if needed <= self.num_blocks:
+                return length // size * size if length < self.context_len else length
+        return 0
+
     def expected(self, request: SequenceRequest) -> tuple[list[int], str]:
         """The output and end of `request`, from the definitions alone."""
         sampling = request.sampling
         stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else {EOS})
-        limit = min(self.context_len, self.num_blocks * self.block_size)
+        limit = min(self.context_len, self.kv_len)
         tokens = [*request.prompt_ids, *request.generated_ids]
         num_prompt = len(request.prompt_ids)
         while True:

@@ -38,9 +38,19 @@ def machine(make: Callable[..., Any], preempted: list[int]) -> type[RuleBasedSta
             context_len=st.integers(6, 30),
             max_sequences=st.integers(1, 4),
             spare=st.integers(0, 6),
+            windows=st.sampled_from([(None,), (None,), (3,), (None, 1), (None, 5, 5), (2, 6)]),
         )
-        def start(self, max_sequences: int, spare: int, **sizes: int) -> None:
+        def start(
+            self,
+            max_sequences: int,
+            spare: int,
+            num_blocks: int,
+            windows: tuple[int | None, ...],
+            **sizes: int,
+        ) -> None:
             self.engine = make(
+                windows=windows,
+                num_blocks=num_blocks * len(windows),
                 max_sequences=max_sequences,
                 max_step_tokens=max_sequences + spare,
                 table=(0, 1, 1, 0, 2),
@@ -51,6 +61,8 @@ def machine(make: Callable[..., Any], preempted: list[int]) -> type[RuleBasedSta
             prompt=PROMPTS,
             max_tokens=st.none() | st.integers(1, 12),
             priority=st.integers(0, 1),
+            tenant=st.sampled_from(["", "other"]),
+            timeout_ms=st.sampled_from([0, 20, 500]),
             namespace=st.sampled_from([bytes(16), bytes([1]) * 16]),
             stop_token_ids=st.sampled_from([(), (2,)]),
         )

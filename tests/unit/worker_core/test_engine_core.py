@@ -239,7 +239,7 @@ def test_times_and_stats_are_of_the_engines_clock(tiny: Tiny) -> None:
     engine.step()
     stats = engine.core.stats()
     assert (stats.active_sequences, stats.queued_sequences) == (1, 1)
-    assert (stats.queued_prefill_tokens, stats.used_blocks, stats.total_blocks) == (10, 4, 8)
+    assert (stats.queued_prefill_tokens, stats.used_blocks, stats.total_blocks) == (10, 2, 8)
     engine.drain()
     end = engine.ends[first]
     # 16 tokens at 1 ms in two steps, then two decodes at 10 ms.
@@ -249,6 +249,73 @@ def test_times_and_stats_are_of_the_engines_clock(tiny: Tiny) -> None:
     stats = engine.core.stats()
     assert (stats.prefill_tokens, stats.decode_steps) == (18, 2)
     assert (stats.prefill_ms, stats.decode_ms) == pytest.approx((18, 20))
+
+
+def test_siblings_wait_for_the_prompt_that_one_of_them_computes(tiny: Tiny) -> None:
+    engine = tiny(max_step_tokens=8, num_blocks=20)
+    prompt = [1, 2, 3, 0] * 4 + [1]
+    siblings = [engine.submit(prompt, max_tokens=3) for _ in range(3)]
+    other = engine.submit([3], max_tokens=1)
+    engine.step()
+    # What has nothing in common with them does not wait.
+    assert engine.core.stats().active_sequences == 1
+    engine.step()
+    engine.step()
+    assert other in engine.ends
+    engine.drain()
+    assert [engine.ends[sibling].cached_tokens for sibling in siblings] == [0, 16, 16]
+    computed = sum(
+        len(i.token_ids) for plan in engine.plans for i in plan.scheduled if i.start < 16
+    )
+    assert computed == 16 + 1
+
+
+def test_a_sibling_goes_on_alone_when_the_one_that_computes_is_cancelled(tiny: Tiny) -> None:
+    engine = tiny(max_step_tokens=8, num_blocks=20)
+    prompt = [1, 2, 3, 0] * 4 + [1]
+    first, second = engine.submit(prompt), engine.submit(prompt)
+    engine.step()
+    engine.core.cancel([first])
+    engine.drain()
+    assert engine.ends[second].cached_tokens == 8
+
+
+def test_windowed_layers_give_blocks_up(tiny: Tiny) -> None:
+    engine = tiny(num_blocks=5, windows=(4,), context_len=200, max_sequences=1)
+    engine.submit([1] * 50, max_tokens=100)
+    while engine.core.has_work():
+        engine.step()
+        assert engine.core.stats().used_blocks <= 4
+    engine.drain()
+    # Beside a group that keeps everything.
+    engine = tiny(num_blocks=50 + 4, windows=(None, 4), context_len=200, max_sequences=1)
+    assert engine.run([1] * 100, max_tokens=100).completion_tokens == 100
+
+
+def test_a_prefix_is_reused_only_where_every_window_still_has_its_end(tiny: Tiny) -> None:
+    engine = tiny(num_blocks=24, windows=(None, 8), max_sequences=1)
+    prompt = [1, 2, 3, 0] * 4
+    engine.run(prompt, max_tokens=1)
+    assert engine.run([*prompt, 2], max_tokens=1).cached_tokens == 16
+    assert engine.run([*prompt[:8], 3, 3], max_tokens=1).cached_tokens == 8
+
+
+def test_tenants_share_admissions_by_what_they_were_served(tiny: Tiny) -> None:
+    engine = tiny(num_blocks=40, max_sequences=1)
+    greedy = [engine.submit([1, 2], max_tokens=2, tenant="greedy") for _ in range(6)]
+    modest = [engine.submit([2, 1], max_tokens=2, tenant="modest") for _ in range(2)]
+    engine.drain()
+    order = list(engine.ends)
+    assert order.index(modest[1]) < order.index(greedy[3])
+
+
+def test_an_earlier_deadline_goes_first_within_a_tenant(tiny: Tiny) -> None:
+    engine = tiny(max_sequences=1)
+    running = engine.submit([1], max_tokens=2)
+    engine.step()
+    patient, urgent = engine.submit([2]), engine.submit([3], timeout_ms=500)
+    engine.drain()
+    assert list(engine.ends) == [running, urgent, patient]
 
 
 def test_mixed_steps_are_in_no_total(tiny: Tiny) -> None:

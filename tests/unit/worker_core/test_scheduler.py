@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.worker.scheduling import CachedPrefix, Chunk, Snapshot, blocks_for, schedule
+from services.worker.scheduling import CachedPrefix, Chunk, Groups, Snapshot, blocks_for, schedule
 
 BLOCK = 4
 
@@ -28,7 +28,8 @@ def decoding(sequence_id: int, num_tokens: int) -> Item:
 
 
 def prefilling(sequence_id: int, num_tokens: int, num_computed: int = 0) -> Item:
-    return Item(sequence_id, num_tokens, num_computed, blocks_for(num_tokens, BLOCK))
+    """A sequence that holds blocks for what is computed of it."""
+    return Item(sequence_id, num_tokens, num_computed, blocks_for(num_computed, BLOCK))
 
 
 def snapshot(running: list[Item], waiting: list[Item], **changes: Any) -> Snapshot:
@@ -48,18 +49,18 @@ def snapshot(running: list[Item], waiting: list[Item], **changes: Any) -> Snapsh
 def test_decodes_come_first_and_a_prefill_gets_the_rest_of_the_budget() -> None:
     decision = schedule(snapshot([prefilling(1, 100), decoding(2, 9), decoding(3, 6)], []))
     assert decision.decodes == [Chunk(2, 1, 1), Chunk(3, 1, 0)]
-    assert decision.prefills == [Chunk(1, 14)]
+    assert decision.prefills == [Chunk(1, 14, 4)]
 
 
 def test_prefills_share_the_budget_in_order() -> None:
     decision = schedule(snapshot([prefilling(1, 30, 20), prefilling(2, 30)], [Item(3, 5)]))
-    assert decision.prefills == [Chunk(1, 10), Chunk(2, 6)]
+    assert decision.prefills == [Chunk(1, 10, 3), Chunk(2, 6, 2)]
     assert decision.admissions == []
 
 
 def test_admission_takes_slots_tokens_and_blocks_in_order() -> None:
     waiting = [Item(1, 10), Item(2, 10), Item(3, 10)]
-    assert schedule(snapshot([], waiting)).admissions == [Chunk(1, 10, 3), Chunk(2, 6, 3)]
+    assert schedule(snapshot([], waiting)).admissions == [Chunk(1, 10, 3), Chunk(2, 6, 2)]
     only_one = schedule(snapshot([], waiting, max_sequences=1))
     assert [chunk.sequence_id for chunk in only_one.admissions] == [1]
     # The second would leave no block for the first to grow into.
@@ -126,6 +127,45 @@ def test_shared_blocks_of_a_victim_make_no_room() -> None:
     assert decision.decodes == [Chunk(1, 1, 1)]
 
 
+def test_blocks_that_a_running_prefill_still_needs_are_not_given_away() -> None:
+    running = [prefilling(1, 40, 8)]
+    tight = snapshot(running, [Item(2, 4)], num_available_blocks=9, max_step_tokens=12)
+    assert [chunk.sequence_id for chunk in schedule(tight).prefills] == [1]
+    assert schedule(replace(tight, max_step_tokens=20)).admissions == []
+    roomy = replace(tight, max_step_tokens=40, num_available_blocks=10)
+    assert schedule(roomy).admissions == [Chunk(2, 4, 1)]
+
+
+def test_a_prefill_makes_do_with_fewer_tokens_before_anyone_gives_way() -> None:
+    running = [prefilling(1, 40, 8), decoding(2, 10)]
+    decision = schedule(snapshot(running, [], num_available_blocks=1))
+    assert decision.prefills == [Chunk(1, 4, 1)]
+    assert decision.preempted == []
+    decision = schedule(snapshot(running, [], num_available_blocks=0))
+    assert decision.preempted == [2]
+    assert decision.prefills == [Chunk(1, 12, 3)]
+
+
+def test_a_prompt_that_another_computes_is_passed_over_once_its_next_block_is_coming() -> None:
+    waiting = [Item(1, 9), Item(2, 9), Item(3, 5)]
+    shared = CachedPrefix(next_id=b"shared")
+    prefixes = {1: shared, 2: shared, 3: CachedPrefix(next_id=b"other")}
+    look = snapshot([], waiting, cached_prefix=lambda item: prefixes[item.sequence_id])
+    assert [chunk.sequence_id for chunk in schedule(look).admissions] == [1, 3]
+    coming = schedule(replace(look, coming={b"other"}))
+    assert [chunk.sequence_id for chunk in coming.admissions] == [1]
+
+
+def test_windowed_groups_are_promised_no_more_than_their_window() -> None:
+    # One group keeps all 10 blocks, the other 3 of them at most.
+    groups = Groups(1, (3,))
+    fits = snapshot(
+        [decoding(1, 6)], [Item(2, 40)], num_available_blocks=15, groups=groups, max_step_tokens=9
+    )
+    assert schedule(fits).admissions == [Chunk(2, 8, 2)]
+    assert schedule(replace(fits, num_available_blocks=14)).admissions == []
+
+
 @st.composite
 def snapshots(draw: st.DrawFn) -> Snapshot:
     lengths = st.integers(1, 30)
@@ -139,7 +179,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
         running,
         waiting,
         # The first could always run alone.
-        num_available_blocks=draw(st.integers(0 if len(running) > 1 else 8, 12)),
+        num_available_blocks=draw(st.integers(max(0, 8 - sum(i.num_blocks for i in running)), 12)),
         max_step_tokens=max_sequences + draw(st.integers(0, 20)),
         max_sequences=max_sequences,
     )

@@ -3,18 +3,16 @@
 It takes the time that it is told a model takes, and its tokens are a pure
 function of the tokens before them, so that a resumed or migrated stream can be
 checked exactly. It reads a model's config and vocabulary, never its weights.
-Sampling parameters other than max_tokens and stop tokens change nothing.
+Temperature, filters and seed change nothing; log probabilities are made up.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headrace.errors import StartupError
 from headrace.models.files import from_path
-from headrace.params import SamplingParams
 from services.worker import model_config
 from services.worker.engine import EngineInfo
 from services.worker.engine_core import EngineCore
@@ -28,6 +26,13 @@ if TYPE_CHECKING:
     from services.worker.engine import EngineConfig
     from services.worker.engines.sim.clock import Clock
 
+#: Fields of SamplingParams that are taken. What would have to change tokens is not.
+SUPPORTED = frozenset(
+    {
+        "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "stop_token_ids",
+        "ignore_eos", "stop_token_sequences", "logprobs",
+    }
+)  # fmt: skip
 #: A model in 16 bits: what the KV budget is divided by.
 _BYTES_PER_ELEMENT = 2
 
@@ -60,7 +65,7 @@ class SimEngine(EngineCore):
             max_sequences=config.max_sequences,
             eos_token_ids=model.eos_token_ids,
             resume="exact",
-            sampling=frozenset(item.name for item in fields(SamplingParams)),
+            sampling=SUPPORTED,
         )
         self.plain_tokens = plain_tokens(files, model)
         runner = SimRunner(

@@ -10,7 +10,8 @@ from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from services.worker.engines.sim.tokens import INITIAL_STATE, choose, fold
+from headrace.logprobs import pack
+from services.worker.engines.sim.tokens import INITIAL_STATE, choose, fold, score
 from services.worker.plan import StepResult
 
 if TYPE_CHECKING:
@@ -68,9 +69,11 @@ class SimRunner:
         if began - self._ended_at <= self._clock.slack:
             # From the last end, so that steps keep their pace and delays don't add up.
             began = self._ended_at
-        result = StepResult(
-            [choose(state, self._table) for item, state in self._run(plan) if item.sample]
-        )
+        chosen = [(item, state) for item, state in self._run(plan) if item.sample]
+        result = StepResult([choose(state, self._table) for _, state in chosen])
+        for at, (item, state) in enumerate(chosen):
+            if (count := item.sampling.logprobs) is not None:
+                result.logprobs[at] = pack([score(state, self._table, count)])
         self._ended_at = began + self._times.seconds(plan)
         self._clock.wait_until(self._ended_at)
         return result
@@ -80,14 +83,15 @@ class SimRunner:
         states, size = self._states, self._block_size
         last = []
         for item in plan.scheduled:
+            table, first = item.block_table, item.first_block
             before = item.start - 1
             state = (
-                states[item.block_table[before // size] * size + before % size]
+                states[table[before // size - first] * size + before % size]
                 if item.start
                 else INITIAL_STATE
             )
             found = fold(state, item.token_ids)
             for position, state in enumerate(found, item.start):
-                states[item.block_table[position // size] * size + position % size] = state
+                states[table[position // size - first] * size + position % size] = state
             last.append((item, state))
         return last

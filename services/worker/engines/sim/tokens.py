@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from headrace.logprobs import TokenLogprobs
 from headrace.models.gguf_file import GgufFile
 
 if TYPE_CHECKING:
@@ -47,6 +48,13 @@ def choose(state: int, table: Sequence[int]) -> int:
     """The token that follows a sequence with `state`."""
     mixed = (state ^ (state >> 32)) * _MULTIPLIER & _MASK
     return table[(mixed >> 32) % len(table)]
+
+
+def score(state: int, table: Sequence[int], count: int) -> TokenLogprobs:
+    """Made-up log probabilities of the token that `choose` gives and of the `count` likeliest."""
+    first = table.index(choose(state, table))
+    top = [(table[(first + rank) % len(table)], -0.5 * (rank + 1)) for rank in range(count)]
+    return TokenLogprobs((table[first], -0.5), top)
 
 
 def next_token(tokens: Iterable[int], table: Sequence[int]) -> int:

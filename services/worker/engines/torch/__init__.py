@@ -9,7 +9,8 @@ Layers, top to bottom; imports go downward only:
     attention   the paged KV cache and the ways to attend over it
     sampling    logits → tokens, batched
 
-beside them `weights`, which reads files and knows no model, and `device`.
+beside them `weights`, which reads files and knows no model, `device`, and `kernels`:
+C for the CPU, below layers and attention.
 """
 
 import os

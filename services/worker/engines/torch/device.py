@@ -21,7 +21,7 @@ class Placement:
     compute_dtype: torch.dtype
 
 
-def place(device: str, dtype: str) -> Placement:
+def place(device: str, dtype: str, *, deterministic: bool = False) -> Placement:
     """Resolve "auto". Raises StartupError for an unknown or absent device or type.
 
     "auto" is bfloat16 everywhere. Where a CPU multiplies bfloat16 natively
@@ -29,13 +29,14 @@ def place(device: str, dtype: str) -> Placement:
     matrix product in bfloat16 is emulated, 8 times slower than in float32 at 512
     rows on an AVX2 machine (5,800 and 690 ms for SmolLM2's linear layers), so
     activations and KV are float32 and only weights bfloat16; layers/linear.py
-    says how they are multiplied.
+    says how they are multiplied. So it is on every CPU if `deterministic`, since
+    only our own kernels promise the order of their sums.
     """
     chosen = _device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise StartupError(f"dtype must be one of auto, {', '.join(DTYPES)}, not {dtype!r}")
     weight_dtype = DTYPES.get(dtype, torch.bfloat16)
-    native = chosen.type != "cpu" or _cpu_multiplies_bfloat16()
+    native = chosen.type != "cpu" or (_cpu_multiplies_bfloat16() and not deterministic)
     return Placement(chosen, weight_dtype, weight_dtype if native else torch.float32)
 
 

@@ -6,6 +6,7 @@ It composes and loads. What happens in a step is the core's and the runner's.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,8 @@ from headrace.models.files import from_path
 from services.worker import model_config
 from services.worker.engine import EngineInfo
 from services.worker.engine_core import EngineCore
-from services.worker.engines.torch.attention import KVCache
+from services.worker.engines.torch.attention import KVCache, bytes_per_position, kv_groups
+from services.worker.engines.torch.determinism import obstacle, require
 from services.worker.engines.torch.device import place, use_threads
 from services.worker.engines.torch.layers import Builder
 from services.worker.engines.torch.models import model_class
@@ -37,19 +39,23 @@ if TYPE_CHECKING:
 class TorchEngine(EngineCore):
     """See services.worker.engine.Engine.
 
-    `resume` is "semantic": a resumed sequence is prefilled where it was decoded
-    before, and a product over many rows may round otherwise than one over a few,
-    so a near tie can fall to another token.
+    `resume` is "exact" where logits are the same to the bit however they were
+    computed (determinism.py), which `config.deterministic` demands. Elsewhere it is
+    "semantic": a resumed sequence is prefilled where it was decoded before, and a
+    product over many rows may round otherwise than one over a few, so a near tie
+    can fall to another token.
     """
 
     def __init__(self, config: EngineConfig, report: Callable[[str, float | None], None]) -> None:
         use_threads(config.num_threads)
-        placement = place(config.device, config.dtype)
+        placement = place(config.device, config.dtype, deterministic=config.deterministic)
         files = from_path(Path(config.model_path), config.model_name)
         args = model_config.read(files)
-        num_blocks = model_config.num_blocks(
-            config, args.kv_elements_per_token * placement.compute_dtype.itemsize
-        )
+        if config.deterministic:
+            require(args, placement)
+        num_blocks = model_config.num_blocks(config, bytes_per_position(args, placement))
+        # Rope may depend on how long a sequence can become.
+        args = replace(args, context_len=model_config.context_len(config, args, num_blocks))
         model = load(files, args, placement, report)
         report("allocating KV cache", None)
         cache = _allocate(args, num_blocks, config.block_size, placement)
@@ -58,12 +64,12 @@ class TorchEngine(EngineCore):
             model_revision=files.revision(),
             tokenizer_digest=files.tokenizer_digest(),
             vocab_size=args.vocab_size,
-            context_len=model_config.context_len(config, args, num_blocks),
+            context_len=args.context_len,
             block_size=config.block_size,
             total_blocks=num_blocks,
             max_sequences=config.max_sequences,
             eos_token_ids=args.eos_token_ids,
-            resume="semantic",
+            resume="semantic" if obstacle(args, placement) else "exact",
             sampling=SUPPORTED,
         )
         super().__init__(
@@ -72,6 +78,7 @@ class TorchEngine(EngineCore):
             time.perf_counter,
             max_step_tokens=config.max_step_tokens,
             max_sequences=config.max_sequences,
+            kv_groups=cache.groups,
         )
 
 
@@ -93,10 +100,9 @@ def load(
 
 def _allocate(args: ModelConfig, num_blocks: int, block_size: int, placement: Placement) -> KVCache:
     try:
-        return KVCache(args, num_blocks, block_size, placement)
+        return KVCache(args, num_blocks, block_size, placement, kv_groups(args))
     except (RuntimeError, MemoryError) as error:
-        size = args.kv_elements_per_token * num_blocks * block_size
-        mib = size * placement.compute_dtype.itemsize >> 20
+        mib = bytes_per_position(args, placement) * num_blocks * block_size >> 20
         raise StartupError(
             f"no room for a KV cache of {mib} MiB on {placement.device}: lower kv_cache_mib"
         ) from error

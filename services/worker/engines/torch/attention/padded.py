@@ -42,7 +42,14 @@ class PaddedAttention:
              for s in decodes], dtype=torch.long, device=cache.device,
         )  # fmt: skip
         positions = torch.arange(longest * cache.block_size, device=cache.device)
-        self._hidden = (positions >= ends[:, None])[:, None, None]  # [B, 1, 1, longest]
+        self._distance = (ends[:, None] - 1 - positions)[:, None, None]  # [B, 1, 1, longest]
+        self._hidden = {
+            window: self._distance_hides(window) for window in {a.window for a in cache.attention}
+        }
+
+    def _distance_hides(self, window: int | None) -> torch.Tensor:
+        hidden = self._distance < 0
+        return hidden if window is None else hidden | (self._distance >= window)
 
     def __call__(self, layer: int, query: torch.Tensor, key_value: torch.Tensor) -> torch.Tensor:
         """See Attend."""
@@ -56,12 +63,16 @@ class PaddedAttention:
 
     def _decode(self, layer: int, query: torch.Tensor, key_value: torch.Tensor) -> torch.Tensor:
         cache = self._cache
+        options = cache.attention[layer]
         cache.write(layer, self._slots, key_value)
         count, _, head_dim = query.shape
         stored = cache.layers[layer].index_select(1, self._tables)
         stored = stored.view(2, cache.num_kv_heads, count, -1, head_dim)
         keys, values = stored.transpose(1, 2)  # [B, K, longest, D]
-        groups = query.reshape(count, cache.num_kv_heads, -1, head_dim) * head_dim**-0.5
+        scale = head_dim**-0.5 if options.scale is None else options.scale
+        groups = query.reshape(count, cache.num_kv_heads, -1, head_dim) * scale
         scores = torch.matmul(groups, keys.transpose(2, 3))  # [B, K, group, longest]
-        weights = scores.masked_fill_(self._hidden, float("-inf")).softmax(-1)
+        if options.soft_cap is not None:
+            scores = (scores / options.soft_cap).tanh_() * options.soft_cap
+        weights = scores.masked_fill_(self._hidden[options.window], float("-inf")).softmax(-1)
         return torch.matmul(weights, values).reshape(query.shape)

@@ -20,17 +20,22 @@ class Span(NamedTuple):
     num_rows: int
     start: int
     end: int
-    #: Physical blocks of positions below `end`, no more.
+    #: Physical blocks of positions below `end`, no more. Of positions that no layer
+    #: with this table sees any longer it may be any block.
     blocks: list[int]
 
 
-def spans_of(plan: StepPlan, block_size: int) -> list[Span]:
-    """The spans of a plan, in order."""
+def spans_of(plan: StepPlan, block_size: int, group: int = 0) -> list[Span]:
+    """The spans of a plan, in order, with the tables of one KV group."""
     spans, first = [], 0
     for item in plan.scheduled:
         num_rows = len(item.token_ids)
         num_blocks = -(-item.end // block_size)
-        spans.append(Span(first, num_rows, item.start, item.end, item.block_table[:num_blocks]))
+        gone, blocks = (
+            item.more_tables[group - 1] if group else (item.first_block, item.block_table)
+        )
+        table = [0] * gone + blocks[: num_blocks - gone]
+        spans.append(Span(first, num_rows, item.start, item.end, table))
         first += num_rows
     return spans
 

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 MODELS = {
     "llama": "services.worker.engines.torch.models.llama:Llama",
+    "mistral": "services.worker.engines.torch.models.mistral:Mistral",
+    "qwen2": "services.worker.engines.torch.models.qwen2:Qwen2",
+    "qwen3": "services.worker.engines.torch.models.qwen3:Qwen3",
+    "gemma3": "services.worker.engines.torch.models.gemma3:Gemma3",
+    "phi3": "services.worker.engines.torch.models.phi3:Phi3",
+    "mixtral": "services.worker.engines.torch.models.mixtral:Mixtral",
+    "qwen3_moe": "services.worker.engines.torch.models.qwen3_moe:Qwen3Moe",
 }
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from services.worker.engines.torch.attention import attention_class, spans_of
-from services.worker.engines.torch.sampling import SamplingBatch, sample
+from services.worker.engines.torch.attention import attend_step, attention_class, best_attention
+from services.worker.engines.torch.sampling import Sampler, score_prompts
 from services.worker.plan import StepResult
 
 if TYPE_CHECKING:
@@ -26,24 +26,22 @@ class TorchRunner:
         self._model = model
         self._cache = cache
         if attention == "auto":
-            attention = "per_sequence" if cache.device.type == "cpu" else "padded"
+            attention = best_attention(cache)
         self._attention = attention_class(attention)
+        self._sampler = Sampler()
 
     def execute(self, plan: StepPlan) -> StepResult:
         """See Runner. Logits are made only for rows that are sampled from."""
         asked = [item for item in plan.scheduled if item.sample]
         with torch.inference_mode():
             hidden = self.forward(plan)
-            if not asked:
-                return StepResult([])
-            logits = self._model.logits(hidden[self._sampled_rows(plan)]).float()
-            batch = SamplingBatch.of(
-                [item.sampling for item in asked],
-                [item.end for item in asked],
-                logits.shape[1],
-                logits.device,
-            )
-            return StepResult(sample(logits, batch).tolist())
+            result = StepResult([])
+            if asked:
+                logits = self._model.logits(hidden[self._sampled_rows(plan)]).float()
+                result = self._sampler.sample(logits, asked)
+            if any(item.scored for item in plan.scheduled):
+                result.prompt_logprobs.update(score_prompts(plan, hidden, self._model.logits))
+            return result
 
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """The logits that `execute` would sample from: [sampled rows, vocab] float32."""
@@ -55,7 +53,7 @@ class TorchRunner:
         device = self._cache.device
         token_ids = [token for item in plan.scheduled for token in item.token_ids]
         positions = [p for item in plan.scheduled for p in range(item.start, item.end)]
-        attend = self._attention(self._cache, spans_of(plan, self._cache.block_size))
+        attend = attend_step(self._attention, self._cache, plan)
         return self._model(
             torch.tensor(token_ids, device=device), torch.tensor(positions, device=device), attend
         )

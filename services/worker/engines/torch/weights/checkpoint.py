@@ -7,14 +7,14 @@ shapes that they ask for.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
 
 from headrace.errors import StartupError
 from services.worker.engines.torch.weights.gguf import GgufCheckpoint
 from services.worker.engines.torch.weights.safetensors import SafetensorsCheckpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -38,15 +38,22 @@ class Checkpoint(Protocol):
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Each tensor's shape, outermost first."""
 
-    def read_into(self, name: str, out: torch.Tensor) -> None:
-        """Write a tensor, dequantized, into `out` of its shape, converted to out's type."""
+    def read_into(self, name: str, out: torch.Tensor, index: int | None = None) -> None:
+        """Write a tensor, dequantized, into `out` of its shape, converted to out's type.
+
+        With `index`, that entry of its outermost dimension alone.
+        """
 
 
 class Naming(Protocol):
     """What a model knows of a file format: its tensors' names and arrangement."""
 
     def rename(self, name: str) -> str | None:
-        """The model's name of a checkpoint's tensor; None for one that it does without."""
+        """The model's name of a checkpoint's tensor; None for one that it does without.
+
+        With a `*` in it, which stands for a number, the tensor holds many: one for
+        each entry of its outermost dimension.
+        """
 
     def restore(self, name: str, weight: torch.Tensor) -> None:
         """Rearrange in place a weight with the model's `name`."""
@@ -57,6 +64,14 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
     if files.format == "gguf":
         return GgufCheckpoint(files.path)
     return SafetensorsCheckpoint(files.path)
+
+
+class _Place(NamedTuple):
+    """A checkpoint's tensor, or the `entry` of its outermost dimension."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    entry: int | None = None
 
 
 class Weights:
@@ -73,15 +88,14 @@ class Weights:
     ) -> None:
         self._checkpoint = checkpoint
         self._naming = naming
-        #: Model's name -> checkpoint's, of what was not taken yet.
-        self._left: dict[str, str] = {}
-        for theirs in checkpoint.shapes:
-            ours = naming.rename(theirs)
-            if ours in self._left:
-                self.fail(f"tensors {self._left[ours]} and {theirs} are both {ours}")
-            if ours is not None:
-                self._left[ours] = theirs
-        self._total = sum(math.prod(checkpoint.shapes[name]) for name in self._left.values())
+        #: Model's name -> place in the checkpoint, of what was not taken yet.
+        self._left: dict[str, _Place] = {}
+        for theirs, shape in checkpoint.shapes.items():
+            for ours, place in _places(naming.rename(theirs), theirs, shape):
+                if ours in self._left:
+                    self.fail(f"tensors {self._left[ours].tensor} and {theirs} are both {ours}")
+                self._left[ours] = place
+        self._total = sum(math.prod(place.shape) for place in self._left.values())
         self._done = 0
         self._report = report
         self._reported = -1.0
@@ -91,16 +105,16 @@ class Weights:
 
         The sum of an infinite or undefined number is neither finite: one pass finds all.
         """
-        theirs = self._left.pop(name, None)
-        if theirs is None:
+        place = self._left.pop(name, None)
+        if place is None:
             self.fail(f"tensor {name} is missing")
-        shape = self._checkpoint.shapes[theirs]
-        if shape != tuple(out.shape):
+        theirs = place.tensor
+        if place.shape != tuple(out.shape):
             self.fail(
-                f"tensor {theirs} has shape {list(shape)}, but the model's config asks for "
+                f"tensor {theirs} has shape {list(place.shape)}, but the model's config asks for "
                 f"{list(out.shape)}"
             )
-        self._checkpoint.read_into(theirs, out)
+        self._checkpoint.read_into(theirs, out, place.entry)
         if not math.isfinite(out.sum().item()):
             self.fail(f"tensor {theirs} holds NaN or infinite values: fetch it again")
         self._naming.restore(name, out)
@@ -113,11 +127,23 @@ class Weights:
     def finish(self) -> None:
         """Raise StartupError for tensors that the model did not ask for."""
         if self._left:
-            self.fail(f"the model has no place for tensor {_some(list(self._left.values()))}")
+            names = dict.fromkeys(place.tensor for place in self._left.values())
+            self.fail(f"the model has no place for tensor {_some(list(names))}")
 
     def fail(self, reason: str) -> NoReturn:
         """Raise StartupError naming the file."""
         raise StartupError(f"weights {self._checkpoint.path}: {reason}")
+
+
+def _places(ours: str | None, theirs: str, shape: tuple[int, ...]) -> Iterator[tuple[str, _Place]]:
+    """The model's names of what a checkpoint's tensor holds."""
+    if ours is None:
+        return
+    if "*" not in ours:
+        yield ours, _Place(theirs, shape)
+        return
+    for index in range(shape[0] if shape else 0):
+        yield ours.replace("*", str(index)), _Place(theirs, shape[1:], index)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -66,6 +66,15 @@ class SafetensorsFile:
             raw = raw.clone()
         return raw.view(entry.dtype)[:count].view(entry.shape)
 
+    def forget(self, name: str) -> None:
+        """Let the system drop a tensor's pages; they are read again when looked at."""
+        entry = self.entries[name]
+        # Pages are shared with neighbours at both ends: those stay.
+        start = -(-entry.start // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = entry.end // mmap.PAGESIZE * mmap.PAGESIZE - start
+        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, start, length)
+
     def _read_header(self) -> None:
         size = len(self._map)
         length = int.from_bytes(self._map[:8], "little")
@@ -148,7 +157,7 @@ class SafetensorsCheckpoint:
                 )
         self.shapes = {name: file.entries[name].shape for name, file in self._file_of.items()}
 
-    def read_into(self, name: str, out: torch.Tensor) -> None:
+    def read_into(self, name: str, out: torch.Tensor, index: int | None = None) -> None:
         """See Checkpoint.read_into. Raises StartupError for a type that is no weight's."""
         tensor = self._file_of[name].tensor(name)
         if not tensor.is_floating_point():
@@ -156,7 +165,8 @@ class SafetensorsCheckpoint:
                 f"model file {self._file_of[name].path}: tensor {name} is {tensor.dtype}, "
                 "and not a floating-point weight"
             )
-        out.copy_(tensor)
+        out.copy_(tensor if index is None else tensor[index])
+        self._file_of[name].forget(name)
 
     def _listed(self) -> dict[str, str]:
         """The index's map from tensor to file name, if there is an index."""

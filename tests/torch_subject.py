@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,9 +25,15 @@ BLOCK_SIZE, NUM_BLOCKS = 16, 64
 class Subject:
     """Our model, with an empty cache for each call of `runner`."""
 
-    def __init__(self, files: ModelFiles, dtype: str = "float32") -> None:
-        self.args = read(files)
-        self.placement: Placement = place("cpu", dtype)
+    def __init__(
+        self,
+        files: ModelFiles,
+        dtype: str | Placement = "float32",
+        context_len: int | None = None,
+    ) -> None:
+        found = read(files)
+        self.args = replace(found, context_len=context_len or found.context_len)
+        self.placement = place("cpu", dtype) if isinstance(dtype, str) else dtype
         self.model: Model = load(files, self.args, self.placement, lambda *_: None)
 
     def runner(self, attention: str = "auto") -> TorchRunner:

@@ -1,0 +1,89 @@
+"""Qwen 3: Llama with a norm on each head of queries and keys (https://arxiv.org/abs/2505.09388).
+
+Later layers may attend over a window, by the config. Shapes: see decoder.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from services.worker.engines.torch.models.decoder import Decoder
+from services.worker.engines.torch.models.names import (
+    GGUF_ATTENTION,
+    GGUF_MLP,
+    GgufNaming,
+    Naming,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from headrace.models.files import Format
+    from services.worker.engines.torch.attention import Attend
+    from services.worker.engines.torch.layers import Builder, Rotation
+    from services.worker.model_config import ModelConfig
+
+#: Beside those of Llama's attention.
+GGUF_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+
+
+class Attention:
+    """Queries, keys and values from one product; queries and keys normalised and rotated."""
+
+    def __init__(self, args: ModelConfig, build: Builder, layer: int) -> None:
+        name = f"model.layers.{layer}.self_attn"
+        self.layer = layer
+        self.num_heads = args.num_heads
+        self.num_rotated = args.num_heads + args.num_kv_heads
+        self.head_dim = args.head_dim
+        query_size = args.num_heads * args.head_dim
+        kv_size = args.num_kv_heads * args.head_dim
+        self.qkv = build.linear(
+            args.hidden_size,
+            {f"{name}.q_proj": query_size, f"{name}.k_proj": kv_size, f"{name}.v_proj": kv_size},
+        )
+        self.norm = build.head_norm(
+            {f"{name}.q_norm": args.num_heads, f"{name}.k_norm": args.num_kv_heads},
+            args.head_dim,
+            args.rms_norm_eps,
+        )
+        self.output = build.linear(query_size, {f"{name}.o_proj": args.hidden_size})
+
+    def __call__(self, x: torch.Tensor, rotate: Rotation, attend: Attend) -> torch.Tensor:
+        heads = self.qkv(x).view(len(x), -1, self.head_dim)  # [T, H + 2K, D]
+        rotated = heads[:, : self.num_rotated]
+        self.norm(rotated)
+        rotate(rotated)
+        queries, key_values = heads[:, : self.num_heads], heads[:, self.num_heads :]
+        mixed = attend(self.layer, queries, key_values)  # [T, H, D]
+        return self.output(mixed.view(len(x), -1))  # [T, E]
+
+
+class Block:
+    """One layer: attention and MLP, each behind a norm and around a residual."""
+
+    def __init__(self, args: ModelConfig, build: Builder, layer: int) -> None:
+        name = f"model.layers.{layer}"
+        eps = args.rms_norm_eps
+        self.attention_norm = build.norm(f"{name}.input_layernorm", args.hidden_size, eps)
+        self.attention = Attention(args, build, layer)
+        self.mlp_norm = build.norm(f"{name}.post_attention_layernorm", args.hidden_size, eps)
+        self.mlp = build.mlp(f"{name}.mlp", args.hidden_size, args.intermediate_size)
+
+    def __call__(self, x: torch.Tensor, rotate: Rotation, attend: Attend) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), rotate, attend)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Qwen3(Decoder):
+    """The model."""
+
+    def __init__(self, args: ModelConfig, build: Builder) -> None:
+        super().__init__(args, build, Block)
+
+    @staticmethod
+    def naming(file_format: Format, args: ModelConfig) -> Naming:
+        """How a file of this format names and arranges the weights."""
+        if file_format == "gguf":
+            return GgufNaming(GGUF_ATTENTION | GGUF_HEAD_NORMS | GGUF_MLP)
+        return Naming(tied=args.tie_embeddings)
