@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import random
+import unicodedata
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -13,7 +16,7 @@ from tokenizers import Tokenizer
 from headrace.blocks import unpack_tokens
 from headrace.models.files import ModelFiles
 from services.tokenizer.backends import Backend, load_backend, read_spec
-from tests.parity.tokenizer_parts import mixed_text
+from tests.parity.tokenizer_parts import DATA, mixed_text
 from tests.vocabularies import folder
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
@@ -81,6 +84,22 @@ def test_a_long_word_of_random_letters(pair: Pair) -> None:
     pair.check("".join(random.Random(2).choices("etaoinshrdlu", k=30_000)))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_character_beside_spaces_and_letters() -> None:
+    """Chunks between white space are encoded alone: no character may mind."""
+    pair = Pair("e5")
+    unassigned = []
+    for char in map(chr, range(0x110000)):
+        category = unicodedata.category(char)
+        if category in ("Cn", "Co"):
+            unassigned.append(char)
+        elif category != "Cs":
+            pair.check(f"a {char} {char}b a{char} {char}{char}\u0301 {char}")
+    for start in range(0, len(unassigned), 100):
+        pair.check(" ".join(f"{char} a{char}b" for char in unassigned[start : start + 100]))
+
+
 @pytest.fixture(scope="module", params=["v1", "v3"])
 def model(request: pytest.FixtureRequest) -> tuple[Backend, sentencepiece.SentencePieceProcessor]:
     path = folder("mistral") / f"tokenizer.model.{request.param}"
@@ -115,3 +134,29 @@ def test_vectors_of_llama_cpp(name: str) -> None:
     assert len(outputs) > 40
     for text, line in zip(inputs, outputs, strict=False):
         assert unpack_tokens(backend.encode(text)) == [int(i) for i in line.split()], repr(text)
+
+
+@pytest.mark.parametrize("byte_fallback", [False, True])
+@pytest.mark.parametrize("rule", ["identity", "nmt_nfkc"])
+def test_a_unigram_model_that_the_library_trained(
+    tmp_path: Path, rule: str, byte_fallback: bool
+) -> None:
+    path = tmp_path / "unigram.model"
+    content = io.BytesIO()
+    lines = (DATA / "scripts.txt").read_text("utf-8").split("\n")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines * 3), model_writer=content, model_type="unigram",
+        vocab_size=1500, hard_vocab_limit=False, normalization_rule_name=rule,
+        byte_fallback=byte_fallback, character_coverage=0.99, minloglevel=2,
+    )  # fmt: skip
+    path.write_bytes(content.getvalue())
+    backend = load_backend(read_spec(ModelFiles("trained", "huggingface", path)))
+    library = sentencepiece.SentencePieceProcessor(str(path))
+    for text in [*lines, *mixed_text(60_000)]:
+        text = text.replace("\0", "")
+        ids = unpack_tokens(backend.encode(text, parse_added=False))
+        expected = library.encode(text)
+        # The library adds up in float32: of two paths with the same tokens in another
+        # order, "a" "aa" or "aa" "a", rounding chooses.
+        if sorted(ids) != sorted(expected) or len(text) < 200:
+            assert_same(ids, expected)

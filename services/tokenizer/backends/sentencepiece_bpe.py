@@ -17,6 +17,8 @@ else the unknown token.
 from __future__ import annotations
 
 import re
+from itertools import starmap
+from operator import add
 from typing import TYPE_CHECKING, Protocol
 
 from headrace.blocks import pack_tokens
@@ -75,7 +77,8 @@ class SentencePieceBpe:
         return b"".join(map(self._units.__getitem__, self._cut(text)))
 
     def _encode_unit(self, unit: str) -> bytes:
-        if self._boundaries is None or len(unit) <= _MAX_UNIT_LEN:
+        # Between two ASCII letters there is a cut so rarely that looking for it costs more.
+        if self._boundaries is None or len(unit) <= _MAX_UNIT_LEN or unit[-1].isascii():
             return self._encode_piece(unit)
         pieces = self._boundaries.pieces(unit)
         if len(pieces) == 1:
@@ -124,7 +127,7 @@ def _made_by_merging(spec: TokenizerSpec) -> list[str]:
     if spec.token_ranks is not None:
         return list(_mergeable(spec))
     singles = [token for token in spec.tokens if len(token) == 1]
-    return [*{left + right for left, right in spec.merges}, *singles]
+    return [*set(starmap(add, spec.merges)), *singles]
 
 
 class _Characters:

@@ -201,7 +201,7 @@ class _UnitEncoder:
     def __call__(self, unit: str, margin: float = 0.0) -> bytes:
         """Raises NotAlone if the best path is nearer than `margin` to another, if that is not 0."""
         find, end = self._id_of.get, len(unit)
-        if end == 1 and (known := find(unit, self._unk_id)) != self._unk_id:
+        if end == 1 and (known := find(unit, _UNKNOWN)) not in (_UNKNOWN, self._unk_id):
             return pack_tokens([known])
         best, last_len = self._best(unit)
         pieces = []
