@@ -43,9 +43,7 @@ MODEL = ModelCard("benchmark", "revision", "digest", context_len=1 << 17, block_
 def publisher(url: str, worker_id: str) -> Publisher:
     def card(generation: int) -> WorkerCard:
         vector = blocks.hash_vector(16).hex()
-        return WorkerCard(
-            worker_id, generation, "127.0.0.1:9", MODEL, "sim", vector, WORKER_BLOCKS
-        )
+        return WorkerCard(worker_id, generation, "127.0.0.1:9", MODEL, "sim", vector, WORKER_BLOCKS)
 
     return Publisher(url, card)
 
@@ -94,10 +92,9 @@ async def router_side(url: str, workers: int) -> None:
     began, cpu = time.perf_counter(), time.process_time()
     ownership.start()
     loop = asyncio.get_running_loop()
-    while len(list(fleet.workers())) < workers:
-        await asyncio.sleep(0.002)
-    while not ownership.polls:
-        await asyncio.sleep(0.002)
+    await ownership.contacted.wait()
+    if len(list(fleet.workers())) != workers:
+        raise SystemExit("the router does not know all workers")
     load = {"load_s": time.perf_counter() - began, "load_cpu_s": time.process_time() - cpu}
     while await loop.run_in_executor(None, sys.stdin.readline):
         worker = fleet.worker(MODEL.name, "worker")
@@ -235,7 +232,9 @@ def main() -> None:
         with ValkeyServer(save="", appendonly="no") as server:
             url = f"redis://127.0.0.1:{server.port}/0"
             figures = asyncio.run(measure(url, seconds, rounds))
-    print(f"{1 / STEP_S:.0f} steps/s of {PER_STEP} changes, {OTHERS + 1} workers of {WORKER_BLOCKS}")
+    print(
+        f"{1 / STEP_S:.0f} steps/s of {PER_STEP} changes, {OTHERS + 1} workers of {WORKER_BLOCKS}"
+    )
     spreads = {name: Spread.of(values) for name, values in figures.items()}
     print(table(["", "median (low–high)"], list(spreads.items())))
     told = {

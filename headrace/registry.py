@@ -11,8 +11,16 @@ them on a cluster:
     headrace:v1:{<model>:<p>}:seq:<id>:<g>          string number of the last event
     headrace:v1:{<model>:<p>}:events                stream of Event
 
+A model's workers are spread over the partitions 0 … P-1. P stands in the model's
+card in `models`, and nowhere else counts: the worker that names the model decides it
+(`--partitions`), every other one goes by what it finds there, and a reader follows all
+P. Which is a worker's partition follows from its id (`partition_of`), so that a reader
+ignores keys that stand in another, left over from another P.
+
 An owned set is a packed string: a Redis set costs 50 bytes an id, this 8. The
-worker's publisher gives every id a slot; a reader ignores slots that are 0.
+worker's publisher gives every id a slot; a reader ignores slots that are 0. There is
+one for each tier of the worker's card; an event concerns one tier, and the sequence
+counts the events of all of them.
 
 How a reader follows a partition:
 
@@ -34,26 +42,26 @@ How a reader follows a partition:
 Generations grow, and are new at every start of a worker and whenever it found its lease
 lost or taken; each comes with a registration. Nothing of an old generation is written
 again. All keys expire with the lease, the stream with the last worker's; a stream that
-comes back goes on with larger ids. `models` alone stays.
+comes back goes on with larger ids. `models` alone stays, a card for every model's name.
 
-This module opens no connection but through `connect`, and holds no state.
+What Redis is asked to do is in its version 6.2 and every later one, and in every Valkey.
+This module holds no state, and opens no connection but through `connect`.
 """
 
 from __future__ import annotations
 
+import zlib
 from array import array
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
 from headrace.blocks import SHORT_ID_LEN
-from headrace.errors import StartupError
+from headrace.redis_servers import connect as connect
+from headrace.redis_servers import redact as redact
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-
-    from redis.asyncio import Redis
 
 PREFIX = "headrace:v1"
 MODELS_KEY = f"{PREFIX}:models"
@@ -61,9 +69,16 @@ MODELS_KEY = f"{PREFIX}:models"
 #: The tier that every engine has: blocks in the device's own memory.
 DEVICE_TIER = "device"
 
-#: How long a lease lives without being renewed, and how often it is renewed.
+#: How long a lease lives without being renewed, unless the worker's card says otherwise.
 LEASE_TTL_MS = 6000
-LEASE_RENEW_MS = 1500
+#: In that time it is renewed so often: some renewals may be lost.
+LEASE_RENEWALS = 4
+
+#: A reader has a connection for each partition of each model.
+MAX_PARTITIONS = 256
+
+#: The fields of a model's card that its workers must agree on, or find wrong blocks.
+MODEL_IDENTITY = ("name", "revision", "tokenizer_digest", "block_size")
 
 #: The tier of the event with which a worker leaves.
 GONE_TIER = "gone"
@@ -79,6 +94,7 @@ class ModelCard(msgspec.Struct, frozen=True):
     block_size: int
     modalities: tuple[str, ...] = ("text",)
     created: int = 0
+    num_partitions: Annotated[int, msgspec.Meta(ge=1, le=MAX_PARTITIONS)] = 1
 
 
 class WorkerCard(msgspec.Struct, frozen=True):
@@ -96,6 +112,7 @@ class WorkerCard(msgspec.Struct, frozen=True):
     resume: str = "exact"
     adapters: tuple[str, ...] = ()
     tiers: tuple[str, ...] = (DEVICE_TIER,)
+    lease_ttl_ms: int = LEASE_TTL_MS
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -146,7 +163,7 @@ class Keys:
 
 def partition_of(worker_id: str, num_partitions: int) -> int:
     """The partition that a worker's keys live in."""
-    return sum(worker_id.encode()) % num_partitions
+    return zlib.crc32(worker_id.encode()) % num_partitions
 
 
 def pack_short_ids(ids: Iterable[int]) -> bytes:
@@ -201,35 +218,3 @@ def decode_worker_card(data: bytes) -> WorkerCard:
 def decode_model_card(data: bytes) -> ModelCard:
     """The inverse of `encode_card`. Raises ValueError when malformed."""
     return msgspec.json.decode(data, type=ModelCard)
-
-
-def connect(url: str, *, timeout_s: float = 1.0) -> Redis:
-    """A client of the server at `url`, binary, that retries nothing by itself.
-
-    The library's own ten retries hide outages of 12 s and apply transactions
-    twice; callers loop and decide themselves. Raises StartupError for a bad URL.
-    """
-    from redis.asyncio import Redis
-    from redis.asyncio.retry import Retry
-    from redis.backoff import NoBackoff
-
-    options: dict[str, Any] = {
-        "socket_timeout": timeout_s,
-        "socket_connect_timeout": timeout_s,
-        "retry": Retry(NoBackoff(), 0),
-        "decode_responses": False,
-        "protocol": 2,
-    }
-    try:
-        return Redis.from_url(url, **options)
-    except ValueError as error:
-        raise StartupError(f"--redis {redact(url)!r}: {error}") from error
-
-
-def redact(url: str) -> str:
-    """A URL that may be shown: without its password."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    shown = parts.netloc.replace(f":{parts.password}@", ":***@")
-    return parts._replace(netloc=shown).geturl()

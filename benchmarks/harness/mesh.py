@@ -40,13 +40,13 @@ class Mesh:
         self, *, model: str, num_workers: int, worker_flags: list[str], folder: Path
     ) -> None:
         self.model = model
-        self.http = f"127.0.0.1:{_free_port()}"
-        self.grpc = f"127.0.0.1:{_free_port()}"
+        self.http = f"127.0.0.1:{free_port()}"
+        self.grpc = f"127.0.0.1:{free_port()}"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._num_workers = num_workers
         self._worker_flags = worker_flags
         self._folder = folder
-        self._valkey = ValkeyServer(port=_free_port(), save="", appendonly="no")
+        self._valkey = ValkeyServer(port=free_port(), save="", appendonly="no")
 
     def __enter__(self) -> Mesh:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -87,12 +87,12 @@ class Mesh:
     def _start(self) -> None:
         self._valkey.start()
         redis = f"redis://127.0.0.1:{self._valkey.port}/0"
-        tokenizer, router = (f"127.0.0.1:{_free_port()}" for _ in range(2))
+        tokenizer, router = (f"127.0.0.1:{free_port()}" for _ in range(2))
         self._service("tokenizer", "--listen", tokenizer, "--model", self.model)
         self._service("router", "--listen", router, "--redis", redis)
         for index in range(self._num_workers):
             self._service(
-                *("worker", "--listen", f"127.0.0.1:{_free_port()}", "--redis", redis),
+                *("worker", "--listen", f"127.0.0.1:{free_port()}", "--redis", redis),
                 *("--worker-id", f"worker-{index}", "--model", self.model, *self._worker_flags),
                 name=f"worker-{index}",
             )
@@ -150,7 +150,7 @@ def tree_cpu_s(pid: int) -> float:
     return total
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

@@ -13,8 +13,11 @@ from headrace.cli.state import state_dir_option
 from headrace.supervisor.state import MeshState
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from headrace.supervisor import StateDir
     from headrace.supervisor.state import ProcessState
+    from headrace.v1.router_pb2 import GetFleetResponse
 
 EXIT_UNHEALTHY = 1
 EXIT_NOT_RUNNING = 3
@@ -28,10 +31,38 @@ class WorkerRow:
     worker_id: str
     model: str
     address: str
+    generation: int
     reachable: bool
+    draining: bool
     owned_blocks: int
+    #: By tier, the device's own memory and slower ones.
+    tiers: dict[str, int]
+    #: Events that are in Redis and not in the router's index yet.
+    event_lag: int
     active_sequences: int
     queued_sequences: int
+    reservations: int
+    resyncs: int
+    last_resync_cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class RouterRow:
+    """What the router counted since its start."""
+
+    policy: str
+    redis_connected: bool
+    #: What is wrong with Redis now; empty while all is well.
+    redis_trouble: str
+    blocks: int
+    index_bytes: int
+    decisions: int
+    #: Decisions for prompts of which no worker held anything.
+    zero_matches: int
+    prompt_tokens: int
+    matched_tokens: int
+    #: Workers read anew, by the kind of cause.
+    resyncs: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +74,8 @@ class Report:
     workers: list[WorkerRow]
     #: Workers that the router refuses, and why.
     refused: list[str]
+    #: None while it does not answer.
+    router: RouterRow | None = None
 
     @property
     def is_healthy(self) -> bool:
@@ -103,12 +136,14 @@ async def examine(mesh: MeshState) -> Report:
 
     answers = await asyncio.gather(*(ask(process) for process in mesh.processes))
     healthy = {p.name: answer for p, answer in zip(mesh.processes, answers, strict=True)}
-    workers, refused = await _fleet(mesh.address_of("router"))
-    return Report(mesh, healthy, workers, refused)
+    fleet = await _fleet(mesh.address_of("router"))
+    if fleet is None:
+        return Report(mesh, healthy, [], [])
+    return Report(mesh, healthy, _workers(fleet), _refused(fleet), _router(fleet))
 
 
-async def _fleet(router: str) -> tuple[list[WorkerRow], list[str]]:
-    """What the router knows; nothing if it does not answer."""
+async def _fleet(router: str) -> GetFleetResponse | None:
+    """What the router knows; None if it does not answer."""
     import grpc
 
     from headrace.rpc import options
@@ -117,28 +152,56 @@ async def _fleet(router: str) -> tuple[list[WorkerRow], list[str]]:
     async with grpc.aio.insecure_channel(router, options=options.CHANNEL) as channel:
         stub = router_pb2_grpc.RouterServiceStub(channel)
         try:
-            fleet = await stub.GetFleet(router_pb2.GetFleetRequest(), timeout=_TIMEOUT_S)
+            return await stub.GetFleet(router_pb2.GetFleetRequest(), timeout=_TIMEOUT_S)
         except grpc.aio.AioRpcError:
-            return [], []
-    workers = [
+            return None
+
+
+def _workers(fleet: GetFleetResponse) -> list[WorkerRow]:
+    return [
         WorkerRow(
             worker_id=state.worker.worker_id,
             model=model.card.name,
             address=state.worker.address,
+            generation=state.worker.generation,
             reachable=state.reachable,
+            draining=state.draining,
             owned_blocks=state.owned_blocks,
+            tiers={entry.tier: entry.blocks for entry in state.tiers},
+            event_lag=state.event_lag,
             active_sequences=state.active_sequences,
             queued_sequences=state.queued_sequences,
+            reservations=state.reservations,
+            resyncs=state.resyncs,
+            last_resync_cause=state.last_resync_cause,
         )
         for model in fleet.models
         for state in model.workers
     ]
-    refused = [
+
+
+def _refused(fleet: GetFleetResponse) -> list[str]:
+    return [
         f"{refusal.worker.worker_id}: {refusal.reason}"
         for model in fleet.models
         for refusal in model.refused
     ]
-    return workers, refused
+
+
+def _router(fleet: GetFleetResponse) -> RouterRow:
+    counters = fleet.counters
+    return RouterRow(
+        policy=fleet.policy,
+        redis_connected=fleet.redis_connected,
+        redis_trouble=fleet.redis_trouble,
+        blocks=fleet.index.blocks,
+        index_bytes=fleet.index.num_bytes,
+        decisions=counters.decisions,
+        zero_matches=counters.zero_matches,
+        prompt_tokens=counters.prompt_tokens,
+        matched_tokens=counters.matched_tokens,
+        resyncs=dict(sorted(counters.resyncs.items())),
+    )
 
 
 def _as_json(report: Report) -> dict[str, object]:
@@ -168,6 +231,7 @@ def _as_json(report: Report) -> dict[str, object]:
         ],
         "workers": [asdict(row) for row in report.workers],
         "refused": report.refused,
+        "router": asdict(report.router) if report.router else None,
     }
 
 
@@ -188,17 +252,40 @@ def _show(report: Report) -> None:
         table.add_row(process.name, pid, phase, process.address, restarts)
     console.print(table)
     click.echo()
-    table = Table(
-        *("worker", "model", "reachable", "blocks", "active", "queued"), box=None, pad_edge=False
-    )
-    for row in report.workers:
-        counts = (row.owned_blocks, row.active_sequences, row.queued_sequences)
-        reachable = "yes" if row.reachable else "no"
-        table.add_row(row.worker_id, row.model, reachable, *map(str, counts))
-    console.print(table)
+    _show_workers(report.workers, console)
+    if report.router is not None:
+        _show_router(report.router)
     for line in report.refused:
         click.echo(f"refused  {line}")
     if not report.is_healthy:
         for process in mesh.processes:
             if not report.healthy[process.name]:
                 click.echo(f"log      {process.log}")
+
+
+def _show_workers(workers: list[WorkerRow], console: Console) -> None:
+    from rich.table import Table
+
+    names = ("worker", "model", "reachable", "blocks", "lag", "active", "queued", "last resync")
+    table = Table(*names, box=None, pad_edge=False)
+    for row in workers:
+        blocks = " + ".join(f"{count} {tier}" for tier, count in row.tiers.items())
+        if list(row.tiers) in ([], ["device"]):
+            blocks = str(row.owned_blocks)
+        reachable = "no" if not row.reachable else "draining" if row.draining else "yes"
+        counts = map(str, (row.event_lag, row.active_sequences, row.queued_sequences))
+        resync = f"{row.last_resync_cause} ({row.resyncs} in all)"
+        table.add_row(row.worker_id, row.model, reachable, blocks, *counts, resync)
+    console.print(table)
+
+
+def _show_router(row: RouterRow) -> None:
+    hits = 100 * row.matched_tokens / row.prompt_tokens if row.prompt_tokens else 0.0
+    resyncs = ", ".join(f"{count} {cause}" for cause, count in row.resyncs.items()) or "none"
+    click.echo(
+        f"\nrouter   {row.policy}: {row.decisions} decisions, {row.zero_matches} with no match, "
+        f"{hits:.0f} % of prompt tokens found; {row.blocks} blocks known "
+        f"in {row.index_bytes / 1e6:.1f} MB; resyncs: {resyncs}"
+    )
+    if row.redis_trouble:
+        click.echo(f"redis    {row.redis_trouble}")

@@ -7,17 +7,15 @@ import errno
 import random
 import socket
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from headrace.config import split_address
 from headrace.errors import StartupError
-from headrace.registry import redact
+from headrace.redis_servers import addresses, redact
 
 LOOPBACK = "127.0.0.1"
 _LOWEST = 20000
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _MAX_TRIES = 2000
-_REDIS_PORT = 6379
 _REDIS_TIMEOUT_S = 3.0
 
 
@@ -55,19 +53,19 @@ def check_free(address: str, flag: str) -> str:
 
 def check_redis(url: str) -> None:
     """Raises StartupError if `url` is none of a Redis or nothing answers there."""
-    parts = urlsplit(url)
-    shown = f"--redis {redact(url)}"
-    try:
-        if parts.scheme == "unix":
-            with socket.socket(socket.AF_UNIX) as probe:
-                probe.connect(parts.path)
-        elif parts.scheme in ("redis", "rediss"):
-            where = (parts.hostname or "localhost", parts.port or _REDIS_PORT)
-            socket.create_connection(where, timeout=_REDIS_TIMEOUT_S).close()
+    error: OSError | None = None
+    for address in addresses(url):
+        try:
+            if isinstance(address, str):
+                with socket.socket(socket.AF_UNIX) as probe:
+                    probe.connect(address)
+            else:
+                socket.create_connection(address, timeout=_REDIS_TIMEOUT_S).close()
+        except OSError as failure:
+            error = failure
         else:
-            raise StartupError(f"{shown} must be redis://HOST:PORT, rediss:// or unix://PATH")
-    except (OSError, ValueError) as error:
-        raise StartupError(f"{shown}: can't connect ({error})") from error
+            return  # Of several servers one is enough to find the others.
+    raise StartupError(f"--redis {redact(url)}: can't connect ({error})") from error
 
 
 def _bind_error(host: str, port: int) -> OSError | None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from typing import TYPE_CHECKING
 
 from headrace import status
 from headrace.registry import LEASE_TTL_MS
 from headrace.rpc.server import Server, advertised
 from headrace.service import cancel_and_wait, settle_garbage
+from headrace.v1 import router_pb2
 from headrace.v1.router_pb2_grpc import add_RouterServiceServicer_to_server
 from services.router.fleet import Fleet
 from services.router.ownership import Ownership
+from services.router.peers import Peers
 from services.router.policies import load_policy
 from services.router.service import Router
 from services.router.servicer import SERVICE_NAME, RouterServicer
@@ -20,7 +23,6 @@ from services.router.watcher import Watchers
 
 if TYPE_CHECKING:
     from services.router.config import Config
-    from services.router.fleet import Worker
     from services.router.prefix_index import PrefixIndex
 
 log = logging.getLogger("headrace.router")
@@ -37,13 +39,17 @@ class App:
     def __init__(self, config: Config, *, lease_ttl_ms: int = LEASE_TTL_MS) -> None:
         self.config = config
         self.fleet = Fleet()
-        self.router = Router(self.fleet, load_policy(config.policy))
+        #: Drawn at random: it tells a router from its peers and from its last life.
+        self.router_id = secrets.token_hex(8)
+        policy = load_policy(config.policy)
+        self.router = Router(self.fleet, policy, first_turn=int(self.router_id[:4], 16))
         self.ownership = Ownership(config.redis, self.fleet, lease_ttl_ms=lease_ttl_ms)
         self.server = Server(config.listen, [SERVICE_NAME])
-        self.servicer = RouterServicer(self.router, lambda: self.ownership.connected)
+        self.servicer = RouterServicer(self.router, self.router_id, self._describe)
+        self.peers = Peers(config.peers, self.router_id, self.router.peers)
         self._watchers = Watchers(self.fleet, self.ownership.poll_soon)
         self._cleaner = _Cleaner(self.fleet.index)
-        self.fleet.on_leave.append(self._cleaner.wake)
+        self.fleet.index.on_work = self._cleaner.wake
         add_RouterServiceServicer_to_server(self.servicer, self.server.grpc_server)
 
     @property
@@ -55,6 +61,7 @@ class App:
         """Bind, and follow Redis. Raises StartupError. Healthy only after `ready`."""
         await self.server.start()
         self.ownership.start()
+        self.peers.start()
 
     async def ready(self) -> None:
         """Wait for what Redis says and for the workers named there, then say that it serves."""
@@ -70,9 +77,25 @@ class App:
         """Serve no more. Gateways fall back on the fleet that they were told."""
         await self.server.stop()
         await self.ownership.close()
+        await self.peers.close()
         await self._watchers.close()
         self._cleaner.close()
         self.servicer.close()
+
+    def _describe(self, response: router_pb2.GetFleetResponse) -> None:
+        """What GetFleet tells of things that the servicer does not know."""
+        response.router_id = self.router_id
+        response.redis_connected = self.ownership.connected
+        response.redis_trouble = self.ownership.trouble
+        response.peers.extend(
+            router_pb2.RouterPeerState(
+                address=peer.address,
+                router_id=peer.router_id,
+                connected=peer.connected,
+                reservations=self.router.peers.reservations(peer.address),
+            )
+            for peer in self.peers.states
+        )
 
 
 async def serve(config: Config, stop: asyncio.Event) -> None:
@@ -98,14 +121,14 @@ async def _become_ready(app: App) -> None:
 
 
 class _Cleaner:
-    """Takes removed workers out of the index in slices, so that no decision waits long."""
+    """Tidies the index in slices, so that no decision waits long."""
 
     def __init__(self, index: PrefixIndex) -> None:
         self._index = index
         self._timer: asyncio.TimerHandle | None = None
 
-    def wake(self, model: str, worker: Worker) -> None:
-        """A worker left."""
+    def wake(self) -> None:
+        """There is something to do."""
         if self._timer is None:
             self._schedule()
 

@@ -20,4 +20,8 @@ class Config:
     redis: str = option(
         "redis://127.0.0.1:6379/0", help="where workers publish what they own", metavar="URL"
     )
+    peers: tuple[str, ...] = option(
+        (), help="the other routers of the same workers, or all of them (repeat, or separate "
+        "by commas)", metavar="HOST:PORT",
+    )  # fmt: skip
     policy: str = option("kv", help="how to choose a worker", choices=tuple(POLICIES))

@@ -29,7 +29,7 @@ class StreamId(NamedTuple):
 
 
 class Contact:
-    """One follower's contact with Redis."""
+    """One follower's contact with Redis. `lease_ttl_ms` is the shortest that counts."""
 
     def __init__(self, lease_ttl_ms: int) -> None:
         self._ttl_s = lease_ttl_ms / 1000
@@ -51,6 +51,7 @@ class Contact:
         """Redis did not answer."""
         self._since = None
 
-    def is_settled(self, now: float) -> bool:
-        """Whether every live worker has had the time to renew its lease."""
-        return self._since is not None and now - self._since >= self._ttl_s
+    def is_settled(self, now: float, lease_ttl_ms: int = 0) -> bool:
+        """Whether a live worker with such a lease has had the time to renew it."""
+        ttl_s = max(self._ttl_s, lease_ttl_ms / 1000)
+        return self._since is not None and now - self._since >= ttl_s

@@ -19,17 +19,21 @@ from typing import TYPE_CHECKING
 
 from headrace import blocks
 from headrace.registry import DEVICE_TIER, ModelCard, WorkerCard
+from services.router.counters import Counters
 from services.router.latency_model import LatencyModel, Totals
 from services.router.prefix_index import SLICE_LEN, PrefixIndex
 from services.router.reservations import WorkerKey
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from headrace.registry import Event
 
 log = logging.getLogger("headrace.router")
 
+#: The tiers that are indexed, from the fastest; others' events count, and no more.
+TIERS = (DEVICE_TIER, "host", "disk")
+_TIER_NUMBERS = {tier: number for number, tier in enumerate(TIERS)}
 
 _NOTHING = Totals()
 
@@ -55,7 +59,7 @@ class Worker:
     """One generation of one worker."""
 
     card: WorkerCard
-    #: Its bit in the prefix index.
+    #: Its bit in the prefix index; a new one at every reload of its blocks.
     slot: int
     latency: LatencyModel
     reachable: bool = False
@@ -64,10 +68,19 @@ class Worker:
     sequence: int = 0
     resyncs: int = 0
     last_resync_cause: str = ""
+    #: Number of its last event in Redis, when somebody last looked there.
+    published: int = 0
+    #: No member any more: its slot is given back.
+    has_left: bool = False
     key: WorkerKey = field(init=False)
 
     def __post_init__(self) -> None:
         self.key = WorkerKey(self.card.worker_id, self.card.generation)
+
+    @property
+    def lag(self) -> int:
+        """Events that are in Redis, as far as was seen, and not in the index."""
+        return max(0, self.published - self.sequence)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +115,7 @@ class Fleet:
     def __init__(self) -> None:
         self.models: dict[str, Model] = {}
         self.index = PrefixIndex()
+        self.counters = Counters()
         self.on_join: list[Callable[[str, Worker], None]] = []
         self.on_leave: list[Callable[[str, Worker], None]] = []
         self.on_change: list[Callable[[], None]] = []
@@ -158,7 +172,7 @@ class Fleet:
         model.refused.pop(card.worker_id, None)
         worker = Worker(card, self.index.add_worker(), LatencyModel())
         if old is not None:
-            self.index.remove_worker(old.slot)
+            self._forget_blocks(old)
             worker.latency = LatencyModel(old.latency.timing)
             worker.resyncs = old.resyncs
             worker.reachable = old.reachable and old.card.address == card.address
@@ -178,7 +192,7 @@ class Fleet:
         worker = model.workers.pop(worker_id, None)
         if worker is None:
             return
-        self.index.remove_worker(worker.slot)
+        self._forget_blocks(worker)
         for left in self.on_leave:
             left(model_name, worker)
         self._eligibility_changed(model)
@@ -191,35 +205,64 @@ class Fleet:
             return
         self.leave(model_name, card.worker_id)
         model.refused[card.worker_id] = refused
+        self.counters.refusals += 1
         name = f"{card.worker_id} (generation {card.generation}, {card.address})"
         log.error("worker %s of model %s is refused: %s", name, model_name, reason)
 
     def load_blocks(
-        self, worker: Worker, ids: Iterable[int], sequence: int, cause: str
+        self, worker: Worker, ids: Mapping[str, Iterable[int]], sequence: int, cause: str
     ) -> Iterator[None]:
-        """Make the worker own exactly `ids`, as of event `sequence`, slice by slice.
+        """Make the worker own exactly `ids`, by tier, as of event `sequence`, slice by slice.
 
-        The caller lets others run between slices, and stops if the worker is replaced.
+        What it owned before counts until all is loaded. The caller lets others run
+        between slices.
         """
-        wanted = set(ids)
-        wanted.discard(0)
-        owned = self.index.owned(worker.slot)
         worker.resyncs += 1
         worker.last_resync_cause = cause
-        for stale in _slices(list(owned - wanted)):
-            self.index.remove(worker.slot, stale)
-            yield
-        for new in _slices(list(wanted - owned)):
-            self.index.add(worker.slot, new)
-            yield
-        worker.sequence = sequence
+        self.counters.resyncs[cause.partition(":")[0]] += 1
+        before = worker.slot
+        is_first = not any(self.num_owned(worker).values())
+        slot = before if is_first else self.index.add_worker()
+        try:
+            for tier, number in _TIER_NUMBERS.items():
+                for some in _slices(list(ids.get(tier, ()))):
+                    if worker.has_left:
+                        return
+                    self.index.add(slot, some, number)
+                    yield
+            if not worker.has_left:
+                worker.slot = slot
+                worker.sequence = sequence
+                worker.published = max(worker.published, sequence)
+        finally:
+            if not is_first:
+                # Half loaded or replaced, one of the two is nobody's.
+                self.index.remove_worker(before if worker.slot == slot else slot)
 
     def apply(self, worker: Worker, event: Event) -> None:
         """The next event of the worker, whose `sequence` follows the last."""
-        if event.tier == DEVICE_TIER:
-            self.index.remove(worker.slot, event.removed)
-            self.index.add(worker.slot, event.stored)
+        tier = _TIER_NUMBERS.get(event.tier)
+        if tier is not None:
+            self.index.remove(worker.slot, event.removed, tier)
+            self.index.add(worker.slot, event.stored, tier)
         worker.sequence = event.sequence
+        worker.published = max(worker.published, event.sequence)
+        self.counters.events += 1
+
+    def num_owned(self, worker: Worker) -> dict[str, int]:
+        """How many blocks the worker holds, by tier."""
+        return {
+            tier: self.index.num_owned(worker.slot, number)
+            for tier, number in _TIER_NUMBERS.items()
+            if tier in worker.card.tiers
+        }
+
+    def owned(self, worker: Worker) -> dict[str, set[int]]:
+        """Which blocks the worker holds, by tier. For checks: it reads the whole index."""
+        return {
+            tier: self.index.owned(worker.slot, _TIER_NUMBERS[tier])
+            for tier in self.num_owned(worker)
+        }
 
     def report(self, model_name: str, worker_id: str, load: ReportedLoad) -> None:
         """The worker's health stream said this: it is reachable."""
@@ -239,6 +282,7 @@ class Fleet:
         worker = self.worker(model_name, worker_id)
         if worker is not None and worker.reachable:
             log.warning("worker %s is out: %s", worker_id, reason)
+            self.counters.outages += 1
             worker.reachable = False
             self._eligibility_changed(self.models[model_name])
 
@@ -248,6 +292,10 @@ class Fleet:
             worker = model.workers.get(key.worker_id)
             if worker is not None and worker.key == key:
                 self.unreachable(model.card.name, key.worker_id, reason)
+
+    def _forget_blocks(self, worker: Worker) -> None:
+        worker.has_left = True
+        self.index.remove_worker(worker.slot)
 
     def _eligibility_changed(self, model: Model) -> None:
         eligible = tuple(

@@ -1,140 +1,443 @@
-"""Who holds which block: a dict from short block id to a bitmask of workers.
+"""Who holds which block, in which tier: for a prompt, how many leading blocks each worker holds.
 
-A worker has a slot, a bit of the mask. `overlaps` walks a prompt's ids once and
-finds for all workers together how many leading blocks each holds: the masks of
-the ids so far are ANDed, and a worker's count is where its bit falls out.
+A worker has a slot: one bit in the planes of each tier (`block_table.py`). `reaches`
+finds all ids of a prompt at once and ANDs the masks along it; a worker's count is
+where its bit falls out. The tiers are numbered from the fastest; a slower tier's
+answer counts the faster ones in, since a prefix may go on in host memory where the
+device's ends.
 
     bit of a slot in `_live`      the slot's worker counts
     bit in a mask, not in `_live` left by a removed worker; `clean` takes it out
     slot in `_free`               its bit is in no mask: it may be given again
 
-So a worker is out of all answers at once when it is removed, whatever it held,
-and the cleaning comes after in slices. Plain memory: no clock, no I/O, no
-knowledge of what a worker or a block is.
+So a worker is out of all answers at once when it is removed, whatever it held. What
+takes long is done in slices: `clean` sweeps removed workers' bits out, and moves ids
+into a table twice as large when one is 3/8 full: first the system must give
+it memory (`_next`), which takes tens of milliseconds for a large one. An id is
 
-Cost per known block: a dict entry with its key, and for each worker that holds
-it an entry of that worker's set.
+    in `_table`, or else in `_old` (while moving), or else in `_stash`
+
+and only in one of them. The stash is a dict for the few ids whose bucket was full.
+
+Plain memory: no clock, no I/O, no knowledge of what a worker or a block is.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
-from itertools import chain
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+import numpy as np
 
-#: Ids that one slice of cleaning or loading handles: well below a millisecond.
-SLICE_LEN = 1024
-_MAX_SHARED_MASKS = 8192
+from services.router.block_table import BlockTable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from numpy.typing import NDArray
+
+    from services.router.block_table import Ids, Positions
+
+#: Ids that one slice of loading handles: about a millisecond.
+SLICE_LEN = 512
+#: Positions that one slice of cleaning looks at: as much.
+CLEAN_LEN = 32_768
+#: Moving a position, or looking at an id by itself, costs as much as sweeping so many.
+_SWEEP_SPEED = 32
+#: From here on ids are handled together.
+_MANY = 24
+
+_WORD = (1 << 64) - 1
 
 
 class PrefixIndex:
-    """Ownership of blocks by slots. Not thread-safe."""
+    """Ownership of blocks by slots. Not thread-safe.
 
-    def __init__(self) -> None:
-        self._masks: dict[int, int] = {}
-        self._shared_masks: dict[int, int] = {}
-        self._owned: dict[int, set[int]] = {}
-        self._live = 0
-        self._removed: deque[tuple[int, set[int]]] = deque()
+    It begins with room for `3/8 << log_capacity` ids, at least 3 << 3, and grows.
+    `on_work` is called when there is something to `clean`.
+    """
+
+    def __init__(self, log_capacity: int = 12) -> None:
+        self.on_work: Callable[[], None] = lambda: None
+        self._table = BlockTable(log_capacity, 0)
+        self._next: BlockTable | None = None
+        #: Up to here `_next` has memory.
+        self._touched = 0
+        self._old: BlockTable | None = None
+        #: Up to here `_old` is empty.
+        self._moved = 0
+        self._stash: dict[int, int] = {}
+        #: Ids in `_table` and `_old`.
+        self._num_placed = 0
+        #: By tier, by word of slots: the plane's number.
+        self._planes: list[list[int]] = [[]]
+        #: By word: the bits of slots that are a worker's.
+        self._live: list[int] = []
+        #: By slot, by tier.
+        self._num_owned: dict[int, list[int]] = {}
+        self._removed: deque[int] = deque()
+        #: Slots that the sweep in progress takes out, and how far it is.
+        self._sweeping: list[int] = []
+        self._swept = 0
+        self._stash_left: list[int] = []
         self._free: list[int] = []
         self._num_slots = 0
 
     def __len__(self) -> int:
         """Distinct block ids known, those of removed workers not yet cleaned included."""
-        return len(self._masks)
+        return self._num_placed + len(self._stash)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the tables; a stashed id is counted as 150."""
+        tables = filter(None, (self._table, self._next, self._old))
+        return sum(table.num_bytes for table in tables) + 150 * len(self._stash)
 
     def add_worker(self) -> int:
         """A slot for a new worker, which owns nothing yet."""
         if self._free:
-            slot = self._free.pop()
+            slot = heapq.heappop(self._free)
         else:
             slot = self._num_slots
             self._num_slots += 1
-        self._owned[slot] = set()
-        self._live |= 1 << slot
+        self._num_owned[slot] = [0] * len(self._planes)
+        word, bit = divmod(slot, 64)
+        if word == len(self._live):
+            self._live.append(0)
+        self._live[word] |= 1 << bit
         return slot
 
     def remove_worker(self, slot: int) -> None:
         """The worker counts no more, from now on. Raises KeyError for a slot not given."""
-        owned = self._owned.pop(slot)
-        self._live &= ~(1 << slot)
-        self._removed.append((slot, owned))
-
-    def clean(self, max_ids: int = SLICE_LEN) -> bool:
-        """Take removed workers' bits out of at most `max_ids` masks. True if more remain."""
-        while self._removed and max_ids > 0:
-            slot, owned = self._removed[0]
-            for _ in range(min(max_ids, len(owned))):
-                self._clear(owned.pop(), slot)
-                max_ids -= 1
-            if not owned:
-                self._removed.popleft()
-                self._free.append(slot)
-        return bool(self._removed)
-
-    def add(self, slot: int, ids: Iterable[int]) -> None:
-        """The slot's worker holds `ids`, beside what it held. Raises KeyError for a bad slot."""
-        owned = self._owned[slot]
-        masks = self._masks
-        bit = self._shared(1 << slot)
-        for block in ids:
-            mask = masks.get(block)
-            masks[block] = bit if mask is None else self._shared(mask | bit)
-            owned.add(block)
-
-    def remove(self, slot: int, ids: Iterable[int]) -> None:
-        """The slot's worker holds `ids` no more; ids that it did not hold are ignored."""
-        owned = self._owned[slot]
-        for block in ids:
-            if block in owned:
-                owned.discard(block)
-                self._clear(block, slot)
-
-    def owned(self, slot: int) -> set[int]:
-        """All that the slot's worker holds: the index's own set, not to be changed."""
-        return self._owned[slot]
-
-    def num_owned(self, slot: int) -> int:
-        """How many blocks the slot's worker holds."""
-        return len(self._owned[slot])
-
-    def overlaps(self, ids: Iterable[int]) -> dict[int, int]:
-        """For each slot that holds the first block: how many leading blocks of `ids` it holds."""
-        alive = self._live
-        lost: list[tuple[int, int]] = []
-        last: int | None = -1
-        # The None after the last id ends every worker that is still alive, as a miss does.
-        for depth, mask in enumerate(chain(map(self._masks.get, ids), (None,))):
-            # Neighbours mostly share one int object.
-            if mask is last:
-                continue
-            kept = alive & mask if mask else 0
-            if kept != alive:
-                lost.append((depth, alive ^ kept))
-                alive = kept
-            if not alive:
-                break
-            last = mask
-        counts: dict[int, int] = {}
-        for count, slots in lost:
-            while count and slots:
-                lowest = slots & -slots
-                counts[lowest.bit_length() - 1] = count
-                slots ^= lowest
-        return counts
-
-    def _clear(self, block: int, slot: int) -> None:
-        mask = self._masks[block] & ~(1 << slot)
-        if mask:
-            self._masks[block] = self._shared(mask)
+        owned = self._num_owned.pop(slot)
+        word, bit = divmod(slot, 64)
+        self._live[word] &= ~(1 << bit)
+        if any(owned):
+            self._removed.append(slot)
+            self.on_work()
         else:
-            del self._masks[block]
+            heapq.heappush(self._free, slot)
 
-    def _shared(self, mask: int) -> int:
-        """One int object for equal masks, as far as remembered: less memory, faster walks."""
-        if len(self._shared_masks) >= _MAX_SHARED_MASKS:
-            self._shared_masks.clear()
-        return self._shared_masks.setdefault(mask, mask)
+    def clean(self, num_positions: int = CLEAN_LEN) -> bool:
+        """One slice of what is to be done. True if more remains."""
+        if self._next is not None or self._old is not None:
+            self._go_on_growing(max(1, num_positions // _SWEEP_SPEED))
+        elif self._sweeping or self._removed:
+            self._sweep(num_positions)
+        return bool(self._next or self._old or self._sweeping or self._removed)
+
+    def add(self, slot: int, ids: Iterable[int], tier: int = 0) -> None:
+        """The slot's worker holds `ids`, beside what it held. Raises KeyError for a bad slot.
+
+        An id 0 is ignored: it stands for none.
+        """
+        num_owned = self._num_owned[slot]
+        plane, bit = self._place_of(slot, tier)
+        new = list(ids)
+        for start in range(0, len(new), SLICE_LEN):
+            some = new[start : start + SLICE_LEN]
+            if len(some) < _MANY:
+                num_owned[tier] += sum(self._add_one(block, plane, bit) for block in some)
+            else:
+                num_owned[tier] += self._add_many(some, plane, bit)
+
+    def remove(self, slot: int, ids: Iterable[int], tier: int = 0) -> None:
+        """The slot's worker holds `ids` no more; ids that it did not hold are ignored."""
+        num_owned = self._num_owned[slot]
+        plane, bit = self._place_of(slot, tier)
+        wide = bit << (64 * plane)
+        for block in ids:
+            masks = self._masks(block)
+            if masks & wide:
+                self._set_masks(block, masks & ~wide)
+                num_owned[tier] -= 1
+
+    def owned(self, slot: int, tier: int = 0) -> set[int]:
+        """All that the slot's worker holds in the tier. For checks: it reads the whole index."""
+        if not self.num_owned(slot, tier):
+            return set()
+        plane, bit = self._place_of(slot, tier)
+        found = self._table.holders(plane, bit)
+        if self._old is not None:
+            found |= self._old.holders(plane, bit)
+        wide = bit << (64 * plane)
+        return found | {block for block, masks in self._stash.items() if masks & wide}
+
+    def num_owned(self, slot: int, tier: int = 0) -> int:
+        """How many blocks the slot's worker holds in the tier."""
+        counts = self._num_owned[slot]
+        return counts[tier] if tier < len(counts) else 0
+
+    def overlaps(self, ids: Ids | Sequence[int]) -> dict[int, int]:
+        """For each slot that holds the first block: how many leading blocks of `ids` it holds.
+
+        In the fastest tier alone.
+        """
+        return self._reaches(ids, 1)[0]
+
+    def reaches(self, ids: Ids | Sequence[int]) -> list[dict[int, int]]:
+        """For each tier what `overlaps` says of it and all faster ones together."""
+        return self._reaches(ids, len(self._planes))
+
+    def _reaches(self, ids: Ids | Sequence[int], num_tiers: int) -> list[dict[int, int]]:
+        reaches: list[dict[int, int]] = [{} for _ in range(num_tiers)]
+        # Most prompts that nobody knows end here.
+        if not len(ids) or not self._knows(int(ids[0])):
+            return reaches
+        prompt = np.asarray(ids, np.uint64)
+        walk = _Walk(self._table, self._old, self._stash, prompt)
+        if not walk.length:
+            return reaches
+        for word, live in enumerate(self._live):
+            masks: Ids | None = None
+            for reach, planes in zip(reaches, self._planes, strict=False):
+                if live and word < len(planes):
+                    more = walk.masks(planes[word])
+                    masks = more if masks is None else masks | more
+                if masks is not None:
+                    _count(masks, live, 64 * word, reach)
+        return reaches
+
+    def _place_of(self, slot: int, tier: int) -> tuple[int, int]:
+        """The plane and the bit in it."""
+        word, bit = divmod(slot, 64)
+        while tier >= len(self._planes):
+            self._planes.append([])
+            for counts in self._num_owned.values():
+                counts.append(0)
+        planes = self._planes[tier]
+        while word >= len(planes):
+            planes.append(len(self._table.planes))
+            self._table.add_plane()
+            for other in filter(None, (self._next, self._old)):
+                other.add_plane()
+        return planes[word], 1 << bit
+
+    def _masks(self, block: int) -> int:
+        """All bits of the id, removed workers' too."""
+        position = self._table.find(block)
+        if position >= 0:
+            return self._table.masks(position)
+        if self._old is not None:
+            position = self._old.find(block)
+            if position >= 0:
+                return self._old.masks(position)
+        return self._stash.get(block, 0)
+
+    def _knows(self, block: int) -> bool:
+        """Whether the id is anywhere, perhaps with removed workers' bits alone."""
+        if self._table.find(block) >= 0 or block in self._stash:
+            return True
+        return self._old is not None and self._old.find(block) >= 0
+
+    def _set_masks(self, block: int, masks: int) -> None:
+        """Change the bits of an id that is known; without any it is forgotten."""
+        for table in filter(None, (self._table, self._old)):
+            position = table.find(block)
+            if position >= 0:
+                table.set_masks(position, masks)
+                if not masks:
+                    table.erase(position)
+                    self._num_placed -= 1
+                return
+        if masks:
+            self._stash[block] = masks
+        else:
+            del self._stash[block]
+
+    def _add_one(self, block: int, plane: int, bit: int) -> int:
+        """Set a bit of an id. Returns how many were not set already: 1 or 0."""
+        if not block:
+            return 0
+        wide = bit << (64 * plane)
+        masks = self._masks(block)
+        if masks & wide:
+            return 0
+        if masks:
+            self._set_masks(block, masks | wide)
+            return 1
+        position = self._table.place(block)
+        if position < 0:
+            self._stash[block] = wide
+        else:
+            self._table.views[plane][position] = bit
+            self._num_placed += 1
+        self._go_on_growing(1)
+        return 1
+
+    def _add_many(self, blocks: list[int], plane: int, bit: int) -> int:
+        """`_add_one` for each of `blocks`."""
+        ids: Ids = np.unique(np.array(blocks, np.uint64))
+        found, _ = self._table.find_all(ids)
+        # The empty position found for an id 0 must stay without a bit.
+        known = (found >= 0) & (ids != 0)
+        bits = self._table.planes[plane]
+        at = found[known]
+        num_new = int(np.count_nonzero((bits.take(at) & np.uint64(bit)) == 0))
+        bits[at] |= np.uint64(bit)
+        unknown = ids[~known & (ids != 0)]
+        if self._old is not None or self._stash:
+            elsewhere = self._are_elsewhere(unknown)
+            num_new += sum(self._add_one(b, plane, bit) for b in unknown[elsewhere].tolist())
+            unknown = unknown[~elsewhere]
+        if len(unknown):
+            masks = np.full(len(unknown), bit, np.uint64)
+            self._insert(unknown, {plane: masks})
+            self._go_on_growing(len(unknown))
+        return num_new + len(unknown)
+
+    def _are_elsewhere(self, ids: Ids) -> NDArray[np.bool_]:
+        """Which of the ids are in the old table or in the stash."""
+        stash = self._stash
+        are = np.fromiter((block in stash for block in ids.tolist()), np.bool_, len(ids))
+        if self._old is not None:
+            are |= self._old.find_all(ids)[0] >= 0
+        return are
+
+    def _insert(self, ids: Ids, masks: dict[int, Ids]) -> None:
+        """Take in ids that are nowhere yet, with their masks by plane."""
+        placed = self._table.place_all(ids)
+        settled = placed >= 0
+        at = placed[settled]
+        self._num_placed += len(at)
+        for plane, bits in masks.items():
+            self._table.planes[plane][at] = bits[settled]
+        for number in (~settled).nonzero()[0].tolist():
+            self._stash[int(ids[number])] = sum(
+                int(bits[number]) << (64 * plane) for plane, bits in masks.items()
+            )
+
+    def _go_on_growing(self, num_positions: int) -> None:
+        """As fast as ids are added, so that the larger table is there when it is needed."""
+        if self._old is not None:
+            self._move(16 * num_positions)
+        elif self._next is not None:
+            self._prepare(32 * num_positions)
+        elif len(self) > self._table.capacity * 3 // 8:
+            log_capacity = self._table.capacity.bit_length()
+            self._next = BlockTable(log_capacity, len(self._table.planes))
+            self._touched = 0
+            self.on_work()
+
+    def _prepare(self, num_positions: int) -> None:
+        """Touch some of the next table's memory; when all is there, begin to move."""
+        table = self._next
+        assert table is not None
+        end = min(self._touched + num_positions, table.capacity)
+        table.touch(self._touched, end)
+        self._touched = end
+        if end == table.capacity:
+            self._old, self._moved = self._table, 0
+            self._table, self._next = table, None
+            # What was swept is swept again.
+            self._swept, self._stash_left = 0, []
+
+    def _move(self, num_positions: int) -> None:
+        """Move some ids from the old table, without the bits of removed workers."""
+        old = self._old
+        assert old is not None
+        start, end = self._moved, min(self._moved + num_positions, old.capacity)
+        self._num_placed -= old.retain(start, end, self._kept())
+        at = old.keys[start:end].nonzero()[0] + start
+        if len(at):
+            ids = old.keys[at]
+            masks = {plane: bits[at] for plane, bits in enumerate(old.planes)}
+            old.keys[start:end] = 0
+            for bits in old.planes:
+                bits[start:end] = 0
+            self._num_placed -= len(at)
+            self._insert(ids, masks)
+        self._moved = end
+        if end == old.capacity:
+            self._old = None
+
+    def _sweep(self, num_positions: int) -> None:
+        """Take removed workers' bits out: of the table, then of the stash."""
+        if not self._sweeping:
+            self._sweeping, self._removed = list(self._removed), deque()
+            self._swept = 0
+        table = self._table
+        if self._swept < table.capacity:
+            end = min(self._swept + num_positions, table.capacity)
+            self._num_placed -= table.retain(self._swept, end, self._kept())
+            self._swept = end
+            if end == table.capacity:
+                self._stash_left = list(self._stash)
+        else:
+            live = sum(bits << (64 * plane) for plane, bits in enumerate(self._kept()))
+            for _ in range(min(len(self._stash_left), max(1, num_positions // _SWEEP_SPEED))):
+                block = self._stash_left.pop()
+                if block in self._stash:
+                    self._set_masks(block, self._stash[block] & live)
+        if self._swept == table.capacity and not self._stash_left:
+            for slot in self._sweeping:
+                heapq.heappush(self._free, slot)
+            self._sweeping = []
+
+    def _kept(self) -> list[int]:
+        """By plane: the bits that are a worker's."""
+        kept = [0] * len(self._table.planes)
+        for planes in self._planes:
+            for plane, live in zip(planes, self._live, strict=False):
+                kept[plane] = live
+        return kept
+
+
+class _Walk:
+    """A prompt's ids found, up to the first that nobody is known to hold."""
+
+    __slots__ = ("_found", "_old_found", "_stashed", "length")
+
+    def __init__(
+        self, table: BlockTable, old: BlockTable | None, stash: dict[int, int], ids: Ids
+    ) -> None:
+        found, is_complete = table.find_all(ids)
+        self._found = (table, found)
+        self._old_found: tuple[BlockTable, Positions] | None = None
+        self.length = len(ids)
+        self._stashed: list[tuple[int, int]] = []
+        if is_complete:
+            return
+        missing = found < 0
+        if old is not None:
+            self._old_found = (old, old.find_all(ids)[0])
+            missing &= self._old_found[1] < 0
+        for at in missing.nonzero()[0].tolist():
+            masks = stash.get(int(ids[at]), 0)
+            if not masks:
+                self.length = at
+                break
+            self._stashed.append((at, masks))
+
+    def masks(self, plane: int) -> Ids:
+        """The plane's bits for each id."""
+        table, found = self._found
+        masks: Ids = table.planes[plane].take(found[: self.length])
+        if self._old_found is not None:
+            table, found = self._old_found
+            masks |= table.planes[plane].take(found[: self.length])
+        for at, stashed in self._stashed:
+            masks[at] |= np.uint64((stashed >> (64 * plane)) & _WORD)
+        return masks
+
+
+def _count(masks: Ids, live: int, first_slot: int, counts: dict[int, int]) -> None:
+    """Into `counts`: for each live bit of masks[0], how many leading masks have it."""
+    alive = np.bitwise_and.accumulate(masks)
+    bits = int(alive[0]) & live
+    whole = int(alive[-1]) & live
+    if bits != whole:
+        # Each depth at which some are lost, the first first.
+        for last in (alive[1:] != alive[:-1]).nonzero()[0].tolist():
+            kept = int(alive[last + 1]) & live
+            _note(bits & ~kept, last + 1, first_slot, counts)
+            bits = kept
+    _note(whole, len(masks), first_slot, counts)
+
+
+def _note(bits: int, count: int, first_slot: int, counts: dict[int, int]) -> None:
+    while bits:
+        lowest = bits & -bits
+        counts[first_slot + lowest.bit_length() - 1] = count
+        bits ^= lowest

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from headrace.errors import ResourceExhausted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 #: How long a gateway's reservations outlive its stream, for a reconnect.
 GRACE_S = 2.0
@@ -63,10 +63,30 @@ class _Gateway:
 _NONE = Reserved()
 
 
+class LoadChanges:
+    """The workers whose load changed since somebody took them. `on_first`: there is one."""
+
+    def __init__(self, workers: Iterable[WorkerKey], on_first: Callable[[], None]) -> None:
+        self._workers = set(workers)
+        self._on_first = on_first
+
+    def add(self, worker: WorkerKey) -> None:
+        """The worker's load changed."""
+        if not self._workers:
+            self._on_first()
+        self._workers.add(worker)
+
+    def take(self) -> set[WorkerKey]:
+        """All of them; they are not told of again until they change again."""
+        workers, self._workers = self._workers, set()
+        return workers
+
+
 class Reservations:
     """All requests in flight, by gateway."""
 
     def __init__(self) -> None:
+        self._followers: set[LoadChanges] = set()
         self._gateways: dict[str, _Gateway] = {}
         self._load: dict[WorkerKey, Reserved] = {}
 
@@ -76,6 +96,16 @@ class Reservations:
     def load(self, worker: WorkerKey) -> Reserved:
         """What is reserved on `worker`; not to be changed or kept."""
         return self._load.get(worker, _NONE)
+
+    def follow(self, on_first: Callable[[], None]) -> LoadChanges:
+        """Be told of changes, beginning with every worker that has load now, until `unfollow`."""
+        changes = LoadChanges(self._load, on_first)
+        self._followers.add(changes)
+        return changes
+
+    def unfollow(self, changes: LoadChanges) -> None:
+        """The follower is gone."""
+        self._followers.discard(changes)
 
     def open(
         self, gateway_id: str, connection: object, announced: Iterable[tuple[int, Reservation]]
@@ -126,6 +156,7 @@ class Reservations:
         load.blocks += reservation.blocks
         load.sequences += reservation.sequences
         load.reservations += 1
+        self._changed(reservation.worker)
 
     def prefill_done(self, gateway_id: str, request_id: int) -> None:
         """The request's prompt is computed. Unknown ids are ignored: they ended already."""
@@ -134,6 +165,7 @@ class Reservations:
         if reservation is not None:
             self._load[reservation.worker].prefill_tokens -= reservation.prefill_tokens
             reservation.prefill_tokens = 0
+            self._changed(reservation.worker)
 
     def release(self, gateway_id: str, request_id: int) -> None:
         """The request is over. Unknown ids are ignored."""
@@ -151,7 +183,12 @@ class Reservations:
             for request_id in ended:
                 self._subtract(gateway.reservations.pop(request_id))
 
+    def _changed(self, worker: WorkerKey) -> None:
+        for follower in self._followers:
+            follower.add(worker)
+
     def _subtract(self, reservation: Reservation) -> None:
+        self._changed(reservation.worker)
         load = self._load[reservation.worker]
         load.reservations -= 1
         if not load.reservations:

@@ -9,14 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from headrace.errors import InvalidArgument, NotFound, Unavailable
-from services.router.fleet import Worker
+from headrace.errors import HeadraceError, InvalidArgument, NotFound, Unavailable
+from services.router.fleet import TIERS, Worker
+from services.router.peer_loads import PeerLoads
 from services.router.policies import Candidate, Load
 from services.router.reservations import Reservation, Reservations
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from services.router.block_table import Ids
     from services.router.fleet import Fleet, Model
-    from services.router.policies import Policy, RoutingRequest
+    from services.router.policies import Choice, Policy, RoutingRequest
 
 #: When to ask again for a worker, in ms: what a new one or a reconnect takes.
 RETRY_AFTER_MS = 500
@@ -32,37 +36,93 @@ class Decision:
     num_candidates: int
 
 
-class Router:
-    """The router's core."""
+@dataclass(frozen=True, slots=True)
+class ExplainedWorker:
+    """One member as a decision sees it. `leading` blocks: by tier, faster ones counted in."""
 
-    def __init__(self, fleet: Fleet, policy: Policy) -> None:
+    worker: Worker
+    candidate: Candidate
+    leading: dict[str, int]
+    eligible: bool
+
+
+class Router:
+    """The router's core.
+
+    `first_turn` should differ between routers of the same workers: those that are
+    equal to all of them are then not taken by all at once.
+    """
+
+    def __init__(self, fleet: Fleet, policy: Policy, *, first_turn: int = 0) -> None:
         self.fleet = fleet
         self.policy = policy
+        self.counters = fleet.counters
         self.reservations = Reservations()
+        self.peers = PeerLoads()
+        self._first_turn = first_turn
         fleet.on_leave.append(lambda _, worker: self.reservations.drop_worker(worker.key))
 
-    def select(self, model_name: str, block_ids: list[int], request: RoutingRequest) -> Decision:
+    def select(
+        self, model_name: str, block_ids: Ids | Sequence[int], request: RoutingRequest
+    ) -> Decision:
         """Choose a worker for a prompt with the short ids `block_ids`. Reserves nothing.
 
         Raises NotFound for an unknown model, Unavailable while it has no worker
         to choose, InvalidArgument for impossible counts.
         """
-        model = self._model(model_name)
-        _check(model, block_ids, request)
-        candidates = self._candidates(model, block_ids, request.num_tokens)
-        choice = self.policy.choose(request, candidates)
-        if choice is None:
-            raise Unavailable(_why_none(model), retry_after_ms=RETRY_AFTER_MS)
+        try:
+            model = self._model(model_name)
+            _check(model, len(block_ids), request)
+            overlaps = self.fleet.index.overlaps(block_ids)
+            candidates = self._candidates(model, model.eligible, overlaps, request.num_tokens)
+            choice = self.policy.choose(request, candidates)
+            if choice is None:
+                raise Unavailable(_why_none(model), retry_after_ms=RETRY_AFTER_MS)
+        except HeadraceError:
+            self.counters.refused_decisions += 1
+            raise
         model.turn += 1
+        self._count(request, candidates, choice, len(block_ids))
         worker = model.workers[choice.candidate.worker_id]
         return Decision(
             worker, choice.candidate.matched_tokens, choice.predicted_ttft_ms, len(candidates)
         )
 
+    def explain(
+        self, model_name: str, block_ids: Ids | Sequence[int], request: RoutingRequest
+    ) -> tuple[list[ExplainedWorker], Choice | None]:
+        """All members of the model as `select` would see them now, and its choice, uncounted.
+
+        Raises NotFound, InvalidArgument.
+        """
+        model = self._model(model_name)
+        _check(model, len(block_ids), request)
+        reaches = self.fleet.index.reaches(block_ids)
+        members = [worker for _, worker in sorted(model.workers.items())]
+        explained = [
+            ExplainedWorker(
+                worker,
+                candidate,
+                {
+                    tier: reach.get(worker.slot, 0)
+                    for tier, reach in zip(TIERS, reaches, strict=False)
+                    if tier in worker.card.tiers
+                },
+                worker in model.eligible,
+            )
+            for worker, candidate in zip(
+                members,
+                self._candidates(model, members, reaches[0], request.num_tokens),
+                strict=True,
+            )
+        ]
+        candidates = [entry.candidate for entry in explained if entry.eligible]
+        return explained, self.policy.choose(request, candidates)
+
     def turn(self, model_name: str) -> int:
-        """Decisions made for a model so far."""
+        """Decisions made for a model so far, after the first turn."""
         model = self.fleet.models.get(model_name)
-        return model.turn if model else 0
+        return self._first_turn + (model.turn if model else 0)
 
     def reserve(
         self, gateway_id: str, request_id: int, decision: Decision, request: RoutingRequest
@@ -85,42 +145,58 @@ class Router:
             raise NotFound(f"model {name!r} is not served here (models: {served})", field="model")
         return model
 
-    def _candidates(self, model: Model, block_ids: list[int], num_tokens: int) -> list[Candidate]:
-        overlaps = self.fleet.index.overlaps(block_ids)
+    def _candidates(
+        self, model: Model, workers: Iterable[Worker], overlaps: dict[int, int], num_tokens: int
+    ) -> list[Candidate]:
         block_size = model.card.block_size
         # The engine computes the last token at least, to have logits to sample from.
         most = (num_tokens - 1) // block_size
-        return [
-            Candidate(
-                worker.key.worker_id,
-                min(overlaps.get(worker.slot, 0), most) * block_size,
-                self._load(worker),
-                worker.latency.timing,
-            )
-            for worker in model.eligible
-        ]
+        candidates = []
+        for worker in workers:
+            held = overlaps.get(worker.slot, 0)
+            matched = (held if held < most else most) * block_size
+            timing = worker.latency.timing
+            load = self._load(worker)
+            candidates.append(Candidate(worker.key.worker_id, matched, load, timing))
+        return candidates
+
+    def _count(
+        self, request: RoutingRequest, candidates: list[Candidate], choice: Choice, num_blocks: int
+    ) -> None:
+        counters = self.counters
+        counters.decisions += 1
+        counters.prompt_tokens += request.num_tokens
+        matched = choice.candidate.matched_tokens
+        counters.matched_tokens += matched
+        if num_blocks and not matched and not any(c.matched_tokens for c in candidates):
+            counters.zero_matches += 1
 
     def _load(self, worker: Worker) -> Load:
         """The larger of what is reserved and what is reported.
 
-        A report is late by a hop and misses what was just sent; reservations miss
-        what other routers sent, and count a prompt as a whole until its first token.
+        A report is late by a hop and misses what was just sent; reservations, other
+        routers' with them, count a prompt as a whole until its first token.
         """
         said = worker.load
         reserved = self.reservations.load(worker.key)
+        elsewhere = self.peers.load(worker.key)
+        prefill_tokens = reserved.prefill_tokens + elsewhere.prefill_tokens
+        sequences = reserved.sequences + elsewhere.sequences
+        running = said.active_sequences + said.queued_sequences
+        queued = said.queued_prefill_tokens
         return Load(
-            max(said.queued_prefill_tokens, reserved.prefill_tokens),
-            max(said.active_sequences + said.queued_sequences, reserved.sequences),
+            queued if queued > prefill_tokens else prefill_tokens,
+            running if running > sequences else sequences,
         )
 
 
-def _check(model: Model, block_ids: list[int], request: RoutingRequest) -> None:
+def _check(model: Model, num_blocks: int, request: RoutingRequest) -> None:
     if request.num_tokens < 1:
         raise InvalidArgument("num_tokens must be 1 or more, not 0", field="num_tokens")
     full = request.num_tokens // model.card.block_size
-    if len(block_ids) > full:
+    if num_blocks > full:
         raise InvalidArgument(
-            f"block_ids holds {len(block_ids)} blocks; {request.num_tokens} tokens in blocks "
+            f"block_ids holds {num_blocks} blocks; {request.num_tokens} tokens in blocks "
             f"of {model.card.block_size} have {full} full ones",
             field="block_ids",
         )

@@ -10,23 +10,25 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from headrace import telemetry
-from headrace.blocks import short_ids
 from headrace.errors import HeadraceError, InvalidArgument, Unavailable
 from headrace.rpc.calls import CallServer, ServerCodec
 from headrace.rpc.convert import model_card_to_proto
 from headrace.rpc.errors import abort, from_exception
 from headrace.v1 import router_pb2, router_pb2_grpc, types_pb2
-from services.router.policies import RoutingRequest
-from services.router.reservations import GRACE_S, Reservation, WorkerKey
+from services.router import convert
+from services.router.reservations import GRACE_S, WorkerKey
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
-    from headrace.registry import WorkerCard
     from headrace.telemetry import Span
     from headrace.v1.router_pb2_grpc import _MaybeAsyncIterator, _ServicerContext
-    from services.router.fleet import Worker
+    from services.router.block_table import Ids
+    from services.router.policies import RoutingRequest
     from services.router.service import Decision, Router
+
+#: How long a change of load waits for company before other routers are told.
+EXCHANGE_S = 0.002
 
 SERVICE_NAME = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
 
@@ -34,14 +36,21 @@ SERVICE_NAME = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
 class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     """Serves `router`. `close` when the server has stopped.
 
-    Gateways are refused until `is_open`: what a router that has just started knows
-    is less than they still know from before, and would replace it.
+    `describe` fills in what else GetFleet tells. Gateways are refused until `is_open`:
+    what a router that has just started knows is less than they still know from
+    before, and would replace it.
     """
 
-    def __init__(self, router: Router, is_redis_connected: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        router: Router,
+        router_id: str,
+        describe: Callable[[router_pb2.GetFleetResponse], None],
+    ) -> None:
         self.router = router
+        self.router_id = router_id
         self.is_open = False
-        self._is_redis_connected = is_redis_connected
+        self._describe = describe
         self._hops: set[_Hop] = set()
         self._fleet: router_pb2.Fleet | None = None
         self._graces: set[asyncio.TimerHandle] = set()
@@ -81,56 +90,58 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             await abort(context, error)
         return router_pb2.SelectWorkerResponse(plan=self.plan(decision))
 
+    async def Explain(
+        self, request: router_pb2.ExplainRequest, context: _ServicerContext
+    ) -> router_pb2.ExplainResponse:
+        """Every worker as the policy sees it for this request."""
+        try:
+            ids, routing = self._read(request.select)
+            workers, choice = self.router.explain(request.select.model, ids, routing)
+        except HeadraceError as error:
+            await abort(context, error)
+        return convert.explanation(workers, choice, routing, self.router.policy.name)
+
     async def GetFleet(
         self, request: router_pb2.GetFleetRequest, context: _ServicerContext
     ) -> router_pb2.GetFleetResponse:
         """What the router believes."""
-        models = self.router.fleet.models
-        return router_pb2.GetFleetResponse(
-            models=[
-                router_pb2.FleetModelState(
-                    card=model_card_to_proto(model.card),
-                    workers=[self._worker_state(w) for _, w in sorted(model.workers.items())],
-                    refused=[
-                        router_pb2.RefusedWorker(worker=_worker_ref(r.card), reason=r.reason)
-                        for _, r in sorted(model.refused.items())
-                    ],
-                )
-                for _, model in sorted(models.items())
-            ],
-            policy=self.router.policy.name,
-            redis_connected=self._is_redis_connected(),
-        )
+        response = convert.fleet_state(self.router)
+        self._describe(response)
+        return response
+
+    async def WatchLoads(
+        self, request: router_pb2.WatchLoadsRequest, context: _ServicerContext
+    ) -> AsyncIterator[router_pb2.WatchLoadsResponse]:
+        """What is reserved here, for another router."""
+        is_due = asyncio.Event()
+        reservations = self.router.reservations
+        changes = reservations.follow(is_due.set)
+        try:
+            while True:
+                is_due.clear()
+                loads = [(key, reservations.load(key)) for key in changes.take()]
+                yield convert.loads(self.router_id, loads)
+                await is_due.wait()
+                # What changes in the meantime shares the frame.
+                await asyncio.sleep(EXCHANGE_S)
+        finally:
+            reservations.unfollow(changes)
 
     def decide(self, select: router_pb2.SelectWorkerRequest) -> tuple[RoutingRequest, Decision]:
         """The choice for a message, and what it was read as. Raises a HeadraceError."""
-        try:
-            ids = short_ids(select.block_ids)
-        except ValueError as error:
-            raise InvalidArgument(f"block_ids: {error}", field="block_ids") from error
-        request = RoutingRequest(
-            num_tokens=select.num_tokens,
-            max_tokens=select.max_tokens,
-            num_sequences=select.num_sequences or 1,
-            tenant=select.tenant,
-            priority=select.priority,
-            timeout_ms=select.timeout_ms,
-            session_id=select.session_id,
-            exclude_workers=frozenset(select.exclude_workers),
-            turn=self.router.turn(select.model),
-        )
+        ids, request = self._read(select)
         return request, self.router.select(select.model, ids, request)
+
+    def _read(self, select: router_pb2.SelectWorkerRequest) -> tuple[Ids, RoutingRequest]:
+        return convert.routing_request(select, self.router.turn(select.model))
 
     def plan(self, decision: Decision) -> router_pb2.Plan:
         """The decision as a plan of one leg."""
-        leg = router_pb2.Leg(
-            role=router_pb2.Leg.ROLE_COMPLETE, worker=_worker_ref(decision.worker.card)
-        )
-        return router_pb2.Plan(
-            legs=[leg],
-            matched_tokens=decision.matched_tokens,
-            predicted_ttft_ms=decision.predicted_ttft_ms,
-            policy=self.router.policy.name,
+        return convert.plan(
+            decision.worker.card,
+            decision.matched_tokens,
+            decision.predicted_ttft_ms,
+            self.router.policy.name,
         )
 
     def fleet(self) -> router_pb2.Fleet:
@@ -140,7 +151,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                 models=[
                     router_pb2.FleetModel(
                         card=model_card_to_proto(model.card),
-                        workers=[_worker_ref(worker.card) for worker in model.eligible],
+                        workers=[convert.worker_ref(worker.card) for worker in model.eligible],
                     )
                     for _, model in sorted(self.router.fleet.models.items())
                 ]
@@ -166,21 +177,6 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
 
         grace = loop.call_later(GRACE_S, end)
         self._graces.add(grace)
-
-    def _worker_state(self, worker: Worker) -> router_pb2.WorkerState:
-        reserved = self.router.reservations.load(worker.key)
-        return router_pb2.WorkerState(
-            worker=_worker_ref(worker.card),
-            owned_blocks=self.router.fleet.index.num_owned(worker.slot),
-            last_sequence=worker.sequence,
-            active_sequences=worker.load.active_sequences,
-            queued_sequences=worker.load.queued_sequences,
-            reserved_prefill_tokens=reserved.prefill_tokens,
-            reservations=reserved.reservations,
-            resyncs=worker.resyncs,
-            last_resync_cause=worker.last_resync_cause,
-            reachable=worker.reachable,
-        )
 
 
 class _Hop(
@@ -218,6 +214,8 @@ class _Hop(
         for failure in request.failures:
             key = WorkerKey(failure.worker_id, failure.generation)
             self._router.fleet.failed(key, f"{self.gateway_id} says: {failure.reason}")
+        for told in request.adopted:
+            reservations.reserve(self.gateway_id, *convert.reservation(told))
         for update in request.updates:
             if update.event == router_pb2.ReservationUpdate.EVENT_PREFILL_DONE:
                 reservations.prefill_done(self.gateway_id, update.id)
@@ -254,18 +252,7 @@ class _Hop(
         if not opening.gateway_id:
             raise InvalidArgument("gateway_id must not be empty", field="open.gateway_id")
         self.gateway_id = opening.gateway_id
-        announced = (
-            (
-                told.id,
-                Reservation(
-                    worker=WorkerKey(told.worker.worker_id, told.worker.generation),
-                    prefill_tokens=told.prefill_tokens,
-                    blocks=told.blocks,
-                    sequences=told.num_sequences,
-                ),
-            )
-            for told in opening.reservations
-        )
+        announced = (convert.reservation(told) for told in opening.reservations)
         self._router.reservations.open(self.gateway_id, self, announced)
 
     def _route(self, call: router_pb2.RouteCall) -> router_pb2.RouteResult:
@@ -299,10 +286,4 @@ def _describe(span: Span, policy: str, decision: Decision) -> None:
             "predicted_ttft_ms": decision.predicted_ttft_ms,
             "candidates": decision.num_candidates,
         }
-    )
-
-
-def _worker_ref(card: WorkerCard) -> types_pb2.WorkerRef:
-    return types_pb2.WorkerRef(
-        worker_id=card.worker_id, generation=card.generation, address=card.address
     )

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from services.worker.config import WorkerConfig
 
+_SAY_AGAIN_S = 1.0
+
 log = logging.getLogger("headrace.worker")
 
 
@@ -64,8 +66,7 @@ async def run(config: WorkerConfig, stop: asyncio.Event) -> None:
 async def _serve(worker: Worker, config: WorkerConfig, server: Server, stop: asyncio.Event) -> None:
     died = worker.engine.died
     worker.start()
-    status.report(f"waiting for Redis at {redact(config.redis)}")
-    await _first(worker.publisher.registered.wait(), stop.wait(), died)
+    await _first(_registered(worker, redact(config.redis)), stop.wait(), died)
     if worker.publisher.registered.is_set():
         settle_garbage()
         await server.set_serving(True)
@@ -80,6 +81,18 @@ async def _serve(worker: Worker, config: WorkerConfig, server: Server, stop: asy
     if died.done():
         await server.set_serving(False)
         raise EngineDied(died.result())
+
+
+async def _registered(worker: Worker, redis: str) -> None:
+    """Return when Redis knows the worker; say meanwhile what is in the way."""
+    while not worker.publisher.registered.is_set():
+        trouble = worker.publisher.trouble
+        status.report(f"waiting for Redis at {redis}" + (f": {trouble}" if trouble else ""))
+        try:
+            async with asyncio.timeout(_SAY_AGAIN_S):
+                await worker.publisher.registered.wait()
+        except TimeoutError:
+            continue
 
 
 async def _first(*waits: Coroutine[Any, Any, object] | asyncio.Future[Any]) -> None:

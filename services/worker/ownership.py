@@ -44,6 +44,11 @@ class OwnedBlocks:
         """Whether something waits to be published."""
         return bool(self._stored or self._removed)
 
+    @property
+    def num_changes(self) -> int:
+        """How many blocks' change waits to be published."""
+        return len(self._stored) + len(self._removed)
+
     def apply(self, stored: Iterable[int], removed: Iterable[int]) -> None:
         """What a step of the engine changed. No id is in both."""
         for block in removed:
@@ -75,16 +80,22 @@ class OwnedBlocks:
         removed = tuple(islice(self._removed, limit))
         stored = tuple(islice(self._stored, limit - len(removed)))
         content: dict[int, int] = {}
+        slots = self._slots
         for block in removed:
             del self._removed[block]
-            slot = self._slots.pop(block)
-            heapq.heappush(self._free, slot)
-            content[slot] = 0
         for block in stored:
             del self._stored[block]
-            slot = heapq.heappop(self._free) if self._free else len(self._slots)
-            self._slots[block] = slot
-            content[slot] = block
+        # Mostly as many come as go: they take over the slots.
+        for old, new in zip(removed, stored, strict=False):
+            slots[new] = slot = slots.pop(old)
+            content[slot] = new
+        for old in removed[len(stored) :]:
+            slot = slots.pop(old)
+            heapq.heappush(self._free, slot)
+            content[slot] = 0
+        for new in stored[len(removed) :]:
+            slots[new] = slot = heapq.heappop(self._free) if self._free else len(slots)
+            content[slot] = new
         return Change(stored, removed, tuple(_runs(content)))
 
     def published_of(self, owned: Iterable[int]) -> list[int]:

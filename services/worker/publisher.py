@@ -15,60 +15,77 @@ import asyncio
 import itertools
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from redis.exceptions import RedisError
 
-from headrace import registry
+from headrace import redis_servers, registry
+from headrace.redis_outage import Outage, explain
 from headrace.service import cancel_and_wait
 from services.worker import publisher_scripts as scripts
+from services.worker.model_listing import ModelListing
 from services.worker.ownership import OwnedBlocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from headrace.registry import Keys, ModelCard, WorkerCard
+    from headrace.registry import Keys, WorkerCard
     from services.worker.ownership import Change
 
 #: Ids in one event at most.
 MAX_EVENT_IDS = 1024
-#: Changes of this long go out together.
-_PUBLISH_INTERVAL_S = 0.01
-_RETRY_MIN_S = 0.05
-_RETRY_MAX_S = 1.0
+#: Changes of this long go out together: a script costs the worker as much as 50 ids in it.
+#: (`benchmarks/ownership.py`: 10,000 changes a second then take under 5 % of one core.)
+_PUBLISH_INTERVAL_S = 0.02
+#: After a fault of ours.
+_RETRY_S = 1.0
 _LEAVE_TIMEOUT_S = 2.5
 
 log = logging.getLogger("headrace.worker")
 
 
+class Published(NamedTuple):
+    """What readers know at a sequence, as short ids, and how many changes they don't know."""
+
+    blocks: list[int]
+    sequence: int
+    unpublished: int
+
+
 class Publisher:
     """One worker's part of Redis. `card(generation)` makes its card.
 
+    The card also says what stays from generation to generation: the worker's id, its
+    tiers, its lease's TTL, its model, and how many partitions it would give that.
     `start` inside the loop; `on_change` hears the engine's changes from the first
     step on; `registered` is set while the present generation is in Redis.
+    Raises StartupError for a bad URL.
     """
 
-    def __init__(
-        self, url: str, worker_id: str, keys: Keys, card: Callable[[int], WorkerCard]
-    ) -> None:
+    def __init__(self, url: str, card: Callable[[int], WorkerCard]) -> None:
         self.generation = time.time_ns()
         self.registered = asyncio.Event()
-        self._worker_id = worker_id
-        self._keys = keys
         self._card = card
-        self._redis = registry.connect(url)
-        self._register = self._redis.register_script(scripts.REGISTER)
-        self._renew = self._redis.register_script(scripts.RENEW)
-        self._publish = self._redis.register_script(scripts.PUBLISH)
-        self._leave = self._redis.register_script(scripts.LEAVE)
-        self._url = url
-        self._owned = OwnedBlocks()
+        present = card(self.generation)
+        self._worker_id = present.worker_id
+        self._ttl_ms = present.lease_ttl_ms
+        self._tiers = present.tiers
+        self._servers = redis_servers.servers(url)
+        self._listing = ModelListing(self._servers, self._worker_id)
+        self._outage = Outage(log, registry.redact(url))
+        self._keys = self._keys_of(present.model.num_partitions)
+        self._owned = {tier: OwnedBlocks() for tier in self._tiers}
         self._sequence = 0
-        self._in_flight: Change | None = None
+        self._in_flight: tuple[str, Change] | None = None
         self._renew_at = 0.0
         self._woken = asyncio.Event()
         self._leaving = False
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def trouble(self) -> str:
+        """What is wrong with Redis now, and its cure; empty while all is well."""
+        return self._outage.cause
 
     def start(self) -> None:
         """Register, and stay registered."""
@@ -82,19 +99,25 @@ class Publisher:
             await asyncio.wait({self._task}, timeout=_LEAVE_TIMEOUT_S)
             await cancel_and_wait(self._task)
             self._task = None
-        await self._redis.aclose()
+        await self._servers.aclose()
 
-    def on_change(self, stored: Iterable[int], removed: Iterable[int]) -> None:
-        """What a step changed, in short ids."""
-        self._owned.apply(stored, removed)
+    def on_change(
+        self, stored: Iterable[int], removed: Iterable[int], tier: str = registry.DEVICE_TIER
+    ) -> None:
+        """What a step changed in a tier, in short ids. Raises KeyError for an unknown tier."""
+        self._owned[tier].apply(stored, removed)
         self._woken.set()
 
-    def published_of(self, owned: Iterable[int]) -> tuple[list[int], int]:
-        """Of the engine's blocks, those that readers know at the sequence returned with them."""
-        return self._owned.published_of(owned), self._sequence
+    def published_of(self, owned: Iterable[int], tier: str = registry.DEVICE_TIER) -> Published:
+        """Of all blocks that the engine holds in a tier, those that readers know."""
+        blocks = self._owned[tier]
+        unpublished = blocks.num_changes
+        if self._in_flight is not None:
+            change = self._in_flight[1]
+            unpublished += len(change.stored) + len(change.removed)
+        return Published(blocks.published_of(owned), self._sequence, unpublished)
 
     async def _run(self) -> None:
-        delay = 0.0
         while not self._leaving:
             try:
                 if not self.registered.is_set():
@@ -102,29 +125,38 @@ class Publisher:
                 else:
                     await self._do_next()
             except (RedisError, OSError) as error:
-                if not delay:
-                    log.warning("Redis at %s: %s; going on without it", self._url, error)
-                delay = min(max(2 * delay, _RETRY_MIN_S), _RETRY_MAX_S)
+                self._servers.lost()
                 # The first thing to learn from a Redis that returns is whether we're in it.
                 self._renew_at = 0.0
-                await asyncio.sleep(delay)
+                await self._wait(self._outage.failed(error))
             except Exception:
                 # A fault of ours must not end publishing for good: begin anew with all blocks.
                 log.exception("publishing failed")
                 self.registered.clear()
-                await asyncio.sleep(_RETRY_MAX_S)
+                await self._wait(_RETRY_S)
             else:
-                if delay:
-                    log.info("Redis at %s answers again", self._url)
-                delay = 0.0
+                # A full Redis renews leases all the same: only what it refused shows the end.
+                if self._in_flight is None:
+                    self._outage.over()
         try:
             await self._do_leave()
         except (RedisError, OSError) as error:
-            log.warning("could not leave Redis at %s: %s", self._url, error)
+            log.warning("could not leave Redis: %s", explain(error))
+
+    async def _wait(self, seconds: float) -> None:
+        """Until it is time, or to leave."""
+        end = time.monotonic() + seconds
+        while not self._leaving and (left := end - time.monotonic()) > 0:
+            self._woken.clear()
+            try:
+                async with asyncio.timeout(left):
+                    await self._woken.wait()
+            except TimeoutError:
+                return
 
     async def _do_next(self) -> None:
         """Wait for a change or the lease's renewal, and send it."""
-        if self._in_flight is None and not self._owned.has_changes:
+        if not self._has_changes():
             self._woken.clear()
             try:
                 async with asyncio.timeout(max(0.0, self._renew_at - time.monotonic())):
@@ -135,32 +167,38 @@ class Publisher:
             return
         if time.monotonic() >= self._renew_at:
             await self._do_renew()
-        elif self._in_flight is not None or self._owned.has_changes:
+        elif self._has_changes():
             await self._do_publish()
             await asyncio.sleep(_PUBLISH_INTERVAL_S)
+
+    def _has_changes(self) -> bool:
+        return self._in_flight is not None or any(o.has_changes for o in self._owned.values())
 
     async def _do_register(self) -> None:
         former = self.generation
         self.generation = max(time.time_ns(), former + 1)
-        owned = self._owned.snapshot()
+        card = self._card(self.generation)
+        self._keys = self._keys_of(await self._listing.register(card.model))
+        # Only now, with nothing awaited since: what comes later is a change of this.
+        owned = [blocks.snapshot() for blocks in self._owned.values()]
         self._sequence = 0
         self._in_flight = None
-        card = self._card(self.generation)
-        await self._name_model(card.model)
         event = registry.Event(self._worker_id, self.generation, 0)
-        held = await self._register(
+        held = await scripts.REGISTER.run(
+            await self._servers.of(self._keys.events),
             keys=[
                 *self._own_keys(),
-                self._keys.owned(self._worker_id, former),
                 self._keys.sequence(self._worker_id, former),
+                *self._owned_keys(self.generation),
+                *self._owned_keys(former),
             ],
             args=[
                 self._worker_id,
                 self.generation,
-                registry.LEASE_TTL_MS,
+                self._ttl_ms,
                 registry.encode_card(card),
-                owned,
-                scripts.MAX_EVENTS,
+                len(owned),
+                *owned,
                 *_flat(event),
             ],
         )
@@ -175,53 +213,58 @@ class Publisher:
         self._schedule_renewal()
         self.registered.set()
         log.info(
-            "registered as %s, generation %d, %d blocks",
+            "registered as %s, generation %d, %d blocks, partition %s",
             self._worker_id,
             self.generation,
-            len(owned) // 8,
+            sum(map(len, owned)) // 8,
+            self._keys.tag,
         )
-
-    async def _name_model(self, card: ModelCard) -> None:
-        """Put the model in the list, unless other workers serve it under another card.
-
-        Then routers refuse this worker, until the others are gone: tried at every renewal.
-        """
-        data = registry.encode_card(card)
-        if await self._redis.hsetnx(registry.MODELS_KEY, card.name, data):
-            return
-        if await self._redis.hget(registry.MODELS_KEY, card.name) == data:
-            return
-        others = set(await self._redis.zrange(self._keys.workers, 0, -1))
-        if not others - {self._worker_id.encode()}:
-            await self._redis.hset(registry.MODELS_KEY, card.name, data)
 
     async def _do_renew(self) -> None:
-        renewed = await self._renew(
-            keys=self._own_keys(),
-            args=[self._worker_id, self.generation, registry.LEASE_TTL_MS],
+        card = self._card(self.generation)
+        known = self._sequence - (self._in_flight is not None)
+        renewed = await scripts.RENEW.run(
+            await self._servers.of(self._keys.events),
+            keys=[*self._own_keys(), *self._owned_keys(self.generation)],
+            args=[
+                self._worker_id,
+                self.generation,
+                self._ttl_ms,
+                known,
+                self._sequence,
+                registry.encode_card(card),
+            ],
         )
-        if renewed:
-            await self._name_model(self._card(self.generation).model)
-            self._schedule_renewal()
-        else:
+        if not renewed:
             self._lose()
+            return
+        self._schedule_renewal()
+        keys = self._keys_of(await self._listing.renew(card.model))
+        if keys.tag != self._keys.tag:
+            log.warning("model %s has other partitions now: moving to %s", keys.model, keys.tag)
+            await self._do_leave()
 
     async def _do_publish(self) -> None:
         if self._in_flight is None:
-            self._in_flight = self._owned.take(MAX_EVENT_IDS)
+            tier = next(tier for tier, owned in self._owned.items() if owned.has_changes)
+            self._in_flight = tier, self._owned[tier].take(MAX_EVENT_IDS)
             self._sequence += 1
-        change = self._in_flight
+        tier, change = self._in_flight
         event = registry.Event(
-            self._worker_id, self.generation, self._sequence, change.stored, change.removed
+            self._worker_id, self.generation, self._sequence, change.stored, change.removed, tier
         )
-        _, _, owned, sequence, _, events = self._own_keys()
-        published = await self._publish(
-            keys=[self._keys.lease(self._worker_id), owned, sequence, events],
+        published = await scripts.PUBLISH.run(
+            await self._servers.of(self._keys.events),
+            keys=[
+                self._keys.lease(self._worker_id),
+                self._keys.owned(self._worker_id, self.generation, tier),
+                self._keys.sequence(self._worker_id, self.generation),
+                self._keys.events,
+            ],
             args=[
                 self.generation,
                 self._sequence,
-                registry.LEASE_TTL_MS,
-                scripts.MAX_EVENTS,
+                self._ttl_ms,
                 len(change.writes),
                 *(part for write in change.writes for part in write),
                 *_flat(event),
@@ -237,40 +280,42 @@ class Publisher:
             return
         self.registered.clear()
         event = registry.Event(self._worker_id, self.generation, 0, tier=registry.GONE_TIER)
-        await self._leave(
-            keys=self._own_keys(),
-            args=[
-                self._worker_id,
-                self.generation,
-                registry.LEASE_TTL_MS,
-                scripts.MAX_EVENTS,
-                *_flat(event),
-            ],
+        await scripts.LEAVE.run(
+            await self._servers.of(self._keys.events),
+            keys=[*self._own_keys(), *self._owned_keys(self.generation)],
+            args=[self._worker_id, self.generation, self._ttl_ms, *_flat(event)],
         )
 
     def _lose(self) -> None:
         log.warning(
-            "the lease of %s, generation %d, is lost (Redis was away, or another worker has "
-            "this id): registering anew",
+            "the lease of %s, generation %d, is lost (Redis was away or lost data, or another "
+            "worker has this id): registering anew",
             self._worker_id,
             self.generation,
         )
         self.registered.clear()
 
     def _schedule_renewal(self) -> None:
-        self._renew_at = time.monotonic() + registry.LEASE_RENEW_MS / 1000
+        self._renew_at = time.monotonic() + self._ttl_ms / registry.LEASE_RENEWALS / 1000
+
+    def _keys_of(self, num_partitions: int) -> Keys:
+        partition = registry.partition_of(self._worker_id, num_partitions)
+        return registry.Keys(self._card(self.generation).model.name, partition)
 
     def _own_keys(self) -> list[str]:
-        """Lease, card, owned, seq, workers, events."""
+        """Lease, card, workers, events, seq."""
         keys, worker_id = self._keys, self._worker_id
         return [
             keys.lease(worker_id),
             keys.worker(worker_id),
-            keys.owned(worker_id, self.generation),
-            keys.sequence(worker_id, self.generation),
             keys.workers,
             keys.events,
+            keys.sequence(worker_id, self.generation),
         ]
+
+    def _owned_keys(self, generation: int) -> list[str]:
+        """A generation's owned blocks, by tier."""
+        return [self._keys.owned(self._worker_id, generation, tier) for tier in self._tiers]
 
 
 def _flat(event: registry.Event) -> Iterator[bytes | str | int]:

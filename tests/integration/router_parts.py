@@ -262,7 +262,14 @@ class FakeWorker:
         hash_vector: str = blocks.hash_vector(BLOCK_SIZE).hex(),
     ) -> WorkerCard:
         return WorkerCard(
-            worker_id, generation, self.address, model, "sim", hash_vector, total_blocks=1000
+            worker_id,
+            generation,
+            self.address,
+            model,
+            "sim",
+            hash_vector,
+            total_blocks=1000,
+            lease_ttl_ms=LEASE_TTL_MS,
         )
 
     async def start(self, *, serve: bool = True) -> FakeWorker:

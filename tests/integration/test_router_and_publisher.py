@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from headrace import blocks
-from headrace.registry import Keys, WorkerCard
+from headrace.registry import WorkerCard
 from services.worker.publisher import Publisher
 from tests.integration.router_parts import (
     BLOCK_SIZE,
@@ -34,8 +34,7 @@ async def publishers(valkey: Valkey) -> AsyncIterator[list[Publisher]]:
         return WorkerCard(worker_id, generation, "127.0.0.1:9", MODEL, "sim", vector, 1000)
 
     publishers = [
-        Publisher(valkey.url, name, Keys(MODEL.name), lambda g, name=name: card(name, g))
-        for name in ("one", "two")
+        Publisher(valkey.url, lambda g, name=name: card(name, g)) for name in ("one", "two")
     ]
     for publisher in publishers:
         publisher.start()

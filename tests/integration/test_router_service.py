@@ -253,6 +253,55 @@ async def test_another_worker_at_the_address_is_no_answer(
     assert "'somebody' answers" in caplog.text
 
 
+async def test_it_explains_a_choice_without_making_it(
+    router: RunningRouter, workers: list[FakeWorker], gateway: Gateway
+) -> None:
+    await hold(router, workers[1], prompt(600))
+    await gateway.route(600, seed=4)
+    workers[0].load.draining = True
+    await until("it is out", lambda: router.reachable("two"))
+    select = router_pb2.SelectWorkerRequest(
+        model=MODEL.name, block_ids=prompt(610), num_tokens=610, num_sequences=1
+    )
+    explained = await router.stub.Explain(router_pb2.ExplainRequest(select=select), timeout=10)
+    assert worker_of(explained.plan) == "two"
+    one, two = explained.workers
+    assert (one.worker.worker_id, one.eligible, two.eligible) == ("one", False, True)
+    assert [(tier.tier, tier.blocks) for tier in two.leading] == [("device", 37)]
+    assert (one.matched_tokens, two.matched_tokens) == (0, 37 * BLOCK_SIZE)
+    assert one.prefill_tokens + two.prefill_tokens == 600
+    assert two.predicted_ttft_ms == explained.plan.predicted_ttft_ms
+    assert len(router.app.router.reservations) == 1
+    assert (await router.fleet()).counters.decisions == 1
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await router.stub.Explain(router_pb2.ExplainRequest(), timeout=10)
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_what_it_knows_and_counted_is_visible(
+    router: RunningRouter, workers: list[FakeWorker], gateway: Gateway
+) -> None:
+    await hold(router, workers[1], prompt(600))
+    await gateway.route(600, seed=0)
+    await gateway.route(600, seed=1)
+    await gateway.route(5, seed=1)
+    await gateway.route(600, model="unknown")
+    fleet = await router.fleet()
+    assert fleet.router_id == router.app.router_id
+    counters = fleet.counters
+    assert (counters.decisions, counters.refused_decisions) == (3, 1)
+    # A prompt without a full block can't match anything.
+    assert counters.zero_matches == 1
+    assert (counters.prompt_tokens, counters.matched_tokens) == (1205, 592)
+    assert counters.resyncs == {"new": 2}
+    assert counters.events == 1
+    assert (fleet.index.blocks, fleet.redis_trouble) == (37, "")
+    one, two = fleet.models[0].workers
+    assert [(tier.tier, tier.blocks) for tier in two.tiers] == [("device", 37)]
+    assert (one.event_lag, two.event_lag) == (0, 0)
+    assert (one.last_resync_cause, one.resyncs) == ("new", 1)
+
+
 async def test_load_and_timing_are_taken_from_the_workers_word(
     router: RunningRouter, workers: list[FakeWorker], gateway: Gateway
 ) -> None:

@@ -192,7 +192,7 @@ async def publisher(server: ValkeyServer) -> AsyncIterator[Publisher]:
     def card(generation: int) -> WorkerCard:
         return WorkerCard("w", generation, "127.0.0.1:1", model, "sim", "", 64)
 
-    publisher = Publisher(url(server), "w", KEYS, card)
+    publisher = Publisher(url(server), card)
     publisher.start()
     await publisher.registered.wait()
     yield publisher
@@ -205,8 +205,6 @@ async def test_a_worker_that_disagrees_waits_until_the_model_is_free(
     other = ModelCard("tiny", "another revision", "digest", 4096, 16)
     intruder = Publisher(
         url(server),
-        "intruder",
-        KEYS,
         lambda generation: WorkerCard("intruder", generation, "127.0.0.1:2", other, "sim", "", 64),
     )
     intruder.start()

@@ -8,7 +8,7 @@ its arguments. So it runs unchanged in virtual time.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from services.router.latency_model import Timing
 
@@ -35,8 +35,7 @@ class RoutingRequest:
     turn: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(NamedTuple):
     """What a worker has to do: what it said last, and what was sent there since."""
 
     #: Prompt tokens sent there and not yet computed.
@@ -49,8 +48,7 @@ _IDLE = Load()
 _PRIOR = Timing()
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """One worker that could take the request."""
 
     worker_id: str
@@ -69,8 +67,7 @@ class Candidate:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """The worker chosen, and what to expect there."""
 
     candidate: Candidate

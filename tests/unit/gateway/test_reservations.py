@@ -85,3 +85,30 @@ def test_a_leg_is_over_when_its_last_sequence_leaves() -> None:
     assert router.words == [("prefill done", 7)]
     leg.leave()
     assert router.words == [("prefill done", 7), ("released", 7)]
+
+
+def test_another_router_takes_over_what_is_left() -> None:
+    gone, heir = ReservationBook(), ReservationBook()
+    for number in (1, 2, 3):
+        reserve(gone, number)
+    gone.prefill_done(2)
+    gone.release(3)
+    for reservation in gone.hand_over():
+        heir.adopt(reservation)
+    # A router that is not gone, but was only out of reach, lets go of them.
+    assert gone.take_updates(10) == ([2], [3, 1, 2])
+    assert not gone.load
+    assert heir.has_updates
+    heir.prefill_done(1)
+    heir.release(2)
+    assert [(r.id, r.prefill_tokens) for r in heir.take_adopted(10)] == [(1, 0)]
+    assert heir.take_updates(10) == ([1], [2])
+    assert not heir.has_updates
+    assert heir.load == {"a": 1}
+
+
+def test_a_new_stream_announces_what_was_adopted() -> None:
+    book = ReservationBook()
+    book.adopt(Reservation(5, A, "m", 100, 8, 1))
+    assert [entry.id for entry in book.announce()] == [5]
+    assert not book.has_updates
