@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from headrace.models.store import resolve
-
 if TYPE_CHECKING:
     from headrace.models.files import ModelFiles
 
@@ -17,6 +15,9 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def smollm2() -> ModelFiles:
     """The default model, real weights; `make install` fetches it."""
+    # Late: tests that need torch alone have no more installed.
+    from headrace.models.store import resolve
+
     return resolve("smollm2-135m")
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
 
 from tests.unit.torch_engine.conftest import TINY, tiny_tensors, write_safetensors
 
@@ -33,7 +36,8 @@ class Refuse:
             raise ImportError(f"{name} is refused here")
 
 sys.meta_path.insert(0, Refuse())
-
+"""
+GENERATE = """
 from headrace.blocks import namespace_key
 from headrace.params import SamplingParams
 from services.worker.engine import EngineConfig, SequenceRequest
@@ -54,11 +58,27 @@ def test_nothing_but_torch_and_numpy(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     write_safetensors(tmp_path / "model.safetensors", tiny_tensors())
     done = subprocess.run(
-        [sys.executable, "-c", BARE, str(tmp_path)],
+        [sys.executable, "-c", BARE + GENERATE, str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["4"]
+
+
+def test_gpu_tests_need_nothing_more_but_pytest() -> None:
+    """As on a GPU machine with a checkout: without a GPU they say so, and nothing fails."""
+    code = BARE.replace("import numpy, torch", "import numpy, pytest, torch") + (
+        'OURS |= {"tests", "_pytest", "pluggy", "iniconfig", "packaging", "pygments"}\n'
+        'cases = "tests/unit/torch_engine/test_cuda.py"\n'
+        "sys.exit(pytest.main(['-c', '/dev/null', '--rootdir', '.', '-rs', '-p',\n"
+        "    'no:cacheprovider', '--import-mode', 'importlib', cases]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert torch.cuda.is_available() or "no GPU: torch.cuda.is_available() is false" in done.stdout
 
 
 def test_imports_by_name() -> None:

@@ -19,11 +19,14 @@ import pytest
 import torch
 
 from headrace.models.files import from_path
-from services.worker.engines.torch.attention import ATTENTION
+from headrace.params import SamplingParams
+from services.worker.engines.torch.attention import ATTENTION, KVCache, kv_groups
 from services.worker.engines.torch.device import Placement
 from services.worker.engines.torch.models import MODELS
+from services.worker.engines.torch.runner import DecodeSteps, TorchRunner
 from services.worker.model_config import ARCHITECTURES
-from tests.torch_subject import Subject, error, run
+from services.worker.plan import BlockTable, ScheduledSequence, StepPlan
+from tests.torch_subject import BLOCK_SIZE, NUM_BLOCKS, Subject, error, run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -240,6 +243,40 @@ def test_decoding(loaded: Loaded) -> None:
         item = run(loaded.tokens, position, position + 1, SCATTERED)
         found = loaded.subject.logits(runner, item)
         assert error(found, loaded.expected[position : position + 1]) < TOLERANCE
+
+
+def test_decoding_in_fixed_buffers(loaded: Loaded) -> None:
+    """As CUDA graphs do: rows that fill up, a table for each KV group, blocks given up."""
+    subject = loaded.subject
+    groups = kv_groups(subject.args)
+    cache = KVCache(subject.args, NUM_BLOCKS, BLOCK_SIZE, subject.placement, groups)
+    for layer in cache.layers:
+        layer.zero_()
+    blocks = iter(random.Random(1).sample(range(NUM_BLOCKS), NUM_BLOCKS))
+    lengths = [4, 60, 116, 30]
+    tables = [[[next(blocks) for _ in range(n // BLOCK_SIZE + 1)] for _ in groups] for n in lengths]
+
+    def item(number: int, start: int, end: int) -> ScheduledSequence:
+        found = []
+        for group, table in zip(groups, tables[number], strict=True):
+            gone = 0 if group.window is None else max(0, start - group.window + 1) // BLOCK_SIZE
+            found.append(BlockTable(gone, table[gone:]))
+        return ScheduledSequence(
+            number, loaded.tokens[start:end], start, found[0].blocks, True, SamplingParams(),
+            found[0].first, tuple(found[1:]),
+        )  # fmt: skip
+
+    plain = TorchRunner(subject.model, cache)
+    steps = DecodeSteps(subject.model, cache, 4, capture=False)
+    plain.logits(StepPlan([item(number, 0, length) for number, length in enumerate(lengths)]))
+    for offset, numbers in enumerate([(0, 1, 2, 3), (3, 1, 2), (2, 1)]):
+        places = [lengths[number] + offset for number in numbers]
+        plan = StepPlan([item(n, at, at + 1) for n, at in zip(numbers, places, strict=True)])
+        with torch.inference_mode():
+            found = steps.logits(plan)
+        assert found is not None
+        assert error(found, plain.logits(plan)) < 1e-5
+        assert error(found, loaded.expected[places]) < TOLERANCE
 
 
 def test_bfloat16_throughout(loaded: Loaded) -> None:

@@ -137,7 +137,7 @@ def test_sees_nothing_later_and_nothing_of_others(name: str) -> None:
     cache = make_cache()
     table = random.Random(0).sample(range(NUM_BLOCKS), 3)
     keep = cache.layers[0].clone()
-    cache.layers[0].fill_(float("nan") if name != "padded" else 1e4)
+    cache.layers[0].fill_(float("nan") if name != "batched" else 1e4)
     for index, block in enumerate(table):
         cache.layers[0][:, block, : max(0, 9 - index * BLOCK_SIZE)] = keep[
             :, block, : max(0, 9 - index * BLOCK_SIZE)
@@ -148,3 +148,28 @@ def test_sees_nothing_later_and_nothing_of_others(name: str) -> None:
     )
     assert result.isfinite().all()
     assert result.abs().max() < 10
+
+
+@pytest.mark.parametrize("way", ["slices", "causal to the last key"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_prefill_for_gpus(
+    monkeypatch: pytest.MonkeyPatch, options: LayerAttention, way: str
+) -> None:
+    """As on CUDA: many slices, and where there is fused attention, it aligned to the end."""
+    from services.worker.engines.torch.attention import decode, prefill
+
+    monkeypatch.setattr(prefill, "SLICE_SCORES", 0)
+    monkeypatch.setattr(decode, "GATHERED_POSITIONS", 1)
+    monkeypatch.setattr(prefill, "_has_flash", lambda *_: way != "slices")
+    plan = plan_of(
+        (33, 1, [*range(10, 19)]), (0, 1, [1]), (5, 99, [*range(26)]), (0, 20, [*range(30, 35)])
+    )
+    torch.manual_seed(2)
+    heads = torch.randn(plan.num_tokens, 10, 8)
+    results = [
+        attention_class(name)(make_cache(options), spans_of(plan, BLOCK_SIZE))(
+            0, heads[:, :6], heads[:, 6:]
+        )
+        for name in ("plain", "batched")
+    ]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 
 from headrace.errors import StartupError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -38,6 +43,20 @@ def place(device: str, dtype: str, *, deterministic: bool = False) -> Placement:
     weight_dtype = DTYPES.get(dtype, torch.bfloat16)
     native = chosen.type != "cpu" or (_cpu_multiplies_bfloat16() and not deterministic)
     return Placement(chosen, weight_dtype, weight_dtype if native else torch.float32)
+
+
+def on_device(device: torch.device, *values: Iterable[int]) -> tuple[torch.Tensor, ...]:
+    """Each of `values` as a tensor of int64, all in one copy that the host does not wait for.
+
+    Pinned memory that a copy still reads is not given out again: torch's allocator of
+    pinned memory sees to that.
+    """
+    parts = [list(part) for part in values]
+    packed = torch.tensor(
+        list(chain.from_iterable(parts)), dtype=torch.int64, pin_memory=device.type == "cuda"
+    )
+    there = packed.to(device, non_blocking=True)
+    return torch.split_with_sizes(there, [len(part) for part in parts])
 
 
 def use_threads(count: int) -> None:

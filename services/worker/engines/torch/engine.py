@@ -74,7 +74,10 @@ class TorchEngine(EngineCore):
         )
         super().__init__(
             info,
-            TorchRunner(model, cache),
+            # Experts are chosen by value.
+            TorchRunner(
+                model, cache, graph_rows=config.max_sequences if args.experts is None else 0
+            ),
             time.perf_counter,
             max_step_tokens=config.max_step_tokens,
             max_sequences=config.max_sequences,

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
 from services.worker.engines.torch.attention.cache import KVCache, bytes_per_position, kv_groups
+from services.worker.engines.torch.attention.decode import DecodeAttention, Decodes
 from services.worker.engines.torch.attention.spans import Span, spans_of
 from services.worker.engines.torch.kernels import kernels
 
@@ -26,7 +27,7 @@ ATTENTION = {
     "plain": "services.worker.engines.torch.attention.plain:PlainAttention",
     "per_sequence": "services.worker.engines.torch.attention.per_sequence:PerSequenceAttention",
     "compiled": "services.worker.engines.torch.attention.compiled:CompiledAttention",
-    "padded": "services.worker.engines.torch.attention.padded:PaddedAttention",
+    "batched": "services.worker.engines.torch.attention.batched:BatchedAttention",
 }
 
 
@@ -70,13 +71,15 @@ def attend_step(chosen: Way, cache: KVCache, plan: StepPlan) -> Attend:
 def best_attention(cache: KVCache) -> str:
     """The fastest entry of `ATTENTION` for this device and these heads."""
     if cache.device.type != "cpu":
-        return "padded"
+        return "batched"
     return "compiled" if cache.suits_kernel and kernels() is not None else "per_sequence"
 
 
 __all__ = [
     "ATTENTION",
     "Attend",
+    "DecodeAttention",
+    "Decodes",
     "KVCache",
     "Span",
     "attend_step",

@@ -1,6 +1,6 @@
 """The KV cache: one tensor for a layer of each group, head-major.
 
-    [2 · kv_heads, num_blocks, block_size, head_dim]      keys first, then values
+    [2 · kv_heads, num_blocks + 1, block_size, head_dim]      keys first, then values
 
 A head's keys of consecutive blocks are one matrix whose rows lie side by side.
 One query over 576 keys took 100 µs in this order and 180 in the order of tokens
@@ -37,8 +37,11 @@ def bytes_per_position(args: ModelConfig, placement: Placement) -> int:
 class KVCache:
     """All layers' keys and values. Memory is touched when first written.
 
-    Layers of different `groups` share a tensor; a block is one group's at a time.
-    By default all layers are in one group: a block holds all layers' KV.
+    Behind the `num_blocks` there is one more, `spare_block`, which no sequence ever has:
+    rows that only fill up a step write there.
+
+    Layers of different `groups` share a tensor; a block is one group's at a time. By default
+    all layers are in one group: a block holds all layers' KV.
     """
 
     def __init__(
@@ -58,7 +61,8 @@ class KVCache:
         self.attention = args.attention
         self.block_size = block_size
         self.device = placement.device
-        shape = (2 * args.num_kv_heads, num_blocks, block_size, args.head_dim)
+        self.spare_block = num_blocks
+        shape = (2 * args.num_kv_heads, num_blocks + 1, block_size, args.head_dim)
         # Zeros on a device where padding reads what nobody wrote (NaN · 0 is NaN).
         make = torch.empty if placement.device.type == "cpu" else torch.zeros
         #: Layers whose blocks are found by one table, and which group a layer is in.
@@ -70,13 +74,15 @@ class KVCache:
             make(shape, dtype=placement.compute_dtype, device=placement.device)
             for _ in range(block_layers(self.groups))
         ]
+        for tensor in tensors:
+            tensor[:, self.spare_block] = 0
         places = {
             layer: tensors[place]
             for group in self.groups
             for place, layer in enumerate(group.layers)
         }
         self.layers = [places[layer] for layer in range(args.num_layers)]
-        #: The same by slot: [2 · kv_heads, num_blocks · block_size, head_dim].
+        #: The same by slot: [2 · kv_heads, (num_blocks + 1) · block_size, head_dim].
         self.slots = [layer.flatten(1, 2) for layer in self.layers]
 
     def write(self, layer: int, slots: torch.Tensor, key_value: torch.Tensor) -> None:

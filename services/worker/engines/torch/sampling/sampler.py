@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
+from services.worker.engines.torch.device import on_device
 from services.worker.engines.torch.sampling.batch import SamplingBatch
 from services.worker.engines.torch.sampling.choice import choose
 from services.worker.engines.torch.sampling.edits import Edits, is_edited
@@ -21,6 +20,8 @@ from services.worker.plan import StepResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    import torch
 
     from headrace.params import SamplingParams
     from services.worker.plan import ScheduledSequence
@@ -75,7 +76,7 @@ class Sampler:
             self._edits.apply(logits, items)
         if self._penalties is not None:
             self._penalties.apply(logits, items)
-        positions = torch.tensor([item.end for item in items], device=logits.device)
+        (positions,) = on_device(logits.device, [item.end for item in items])
         tokens = choose(logits, batch, positions)
         result = StepResult(tokens.tolist())
         if scores is not None:
