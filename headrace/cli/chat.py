@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -88,9 +89,21 @@ def chat(
 
 
 def _print_answer(call: Any) -> None:
+    """Raises KeyboardInterrupt at Ctrl-C."""
+    import grpc
+
     # A call that streams, which grpc types as one that does not.
     from headrace.v1 import types_pb2
 
+    is_interrupted = False
+
+    def on_interrupt(*_: object) -> None:
+        nonlocal is_interrupted
+        is_interrupted = True
+        call.cancel()
+
+    # Raised in the middle of grpc's callbacks, a KeyboardInterrupt can be lost.
+    former = signal.signal(signal.SIGINT, on_interrupt)
     try:
         ended = types_pb2.FINISH_REASON_UNSPECIFIED
         for response in call:
@@ -100,7 +113,12 @@ def _print_answer(call: Any) -> None:
         click.echo()
         if ended == types_pb2.FINISH_REASON_LENGTH:
             click.echo("(cut off: max_tokens or the context's end)", err=True)
+    except grpc.RpcError:
+        if is_interrupted:
+            raise KeyboardInterrupt from None
+        raise
     finally:
+        signal.signal(signal.SIGINT, former)
         call.cancel()
 
 

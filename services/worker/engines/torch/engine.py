@@ -25,6 +25,7 @@ from services.worker.engines.torch.models import model_class
 from services.worker.engines.torch.runner import TorchRunner
 from services.worker.engines.torch.sampling import SUPPORTED
 from services.worker.engines.torch.weights import Weights, open_checkpoint
+from services.worker.kv import capacity
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,7 +56,9 @@ class TorchEngine(EngineCore):
             require(args, placement)
         num_blocks = model_config.num_blocks(config, bytes_per_position(args, placement))
         # Rope may depend on how long a sequence can become.
-        args = replace(args, context_len=model_config.context_len(config, args, num_blocks))
+        served = model_config.context_len(config, args, num_blocks)
+        held = capacity(kv_groups(args), num_blocks, config.block_size, config.max_step_tokens)
+        args = replace(args, context_len=min(served, held))
         model = load(files, args, placement, report)
         report("allocating KV cache", None)
         cache = _allocate(args, num_blocks, config.block_size, placement)
