@@ -114,7 +114,8 @@ async def test_round_robin_spreads(
 ) -> None:
     await hold(router, workers[0], prompt(600))
     chosen = [worker_of((await gateway.route(600)).plan) for _ in range(6)]
-    assert chosen == ["one", "two"] * 3
+    # Where a router begins differs from router to router.
+    assert chosen in (["one", "two"] * 3, ["two", "one"] * 3)
     assert (await router.fleet()).policy == "round_robin"
 
 
