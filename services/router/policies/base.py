@@ -27,7 +27,12 @@ class RoutingRequest:
     priority: int = 0
     #: What is left of its deadline, in ms; 0: none.
     timeout_ms: int = 0
+    #: What the operator wants for this model, in ms; 0: nothing said.
+    slo_ttft_ms: float = 0.0
+    slo_itl_ms: float = 0.0
     session_id: str = ""
+    #: The prompt's first block ids, by which stateless policies hash; 0: shorter than a block.
+    prefix_hash: int = 0
     #: Workers where this request failed already.
     exclude_workers: frozenset[str] = frozenset()
     #: How many requests for the model were decided before: it breaks ties, and
@@ -42,6 +47,11 @@ class Load(NamedTuple):
     prefill_tokens: int = 0
     #: Sequences that run or wait there.
     sequences: int = 0
+    #: KV blocks that they hold or will soon hold, and all there are; 0: unknown.
+    used_blocks: int = 0
+    total_blocks: int = 0
+    #: Sequences that one step runs at most; 0: unknown.
+    max_sequences: int = 0
 
 
 _IDLE = Load()
@@ -56,6 +66,13 @@ class Candidate(NamedTuple):
     matched_tokens: int = 0
     load: Load = _IDLE
     timing: Timing = _PRIOR
+    #: Tokens after the matched ones that lie in slower tiers there, and what bringing
+    #: them to the device takes.
+    slower_tokens: int = 0
+    transfer_ms: float = 0.0
+    #: Leading tokens of the prompt, the matched ones with them, that prompts sent
+    #: there before will have computed once the queue ahead is done.
+    coming_tokens: int = 0
 
     def predicted_ttft_ms(self, num_tokens: int) -> float:
         """The queue ahead, the tokens that are not cached, and the step that samples."""
