@@ -11,11 +11,11 @@ holds that they agree. Nothing here knows bytes or text.
 
 from __future__ import annotations
 
-from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from headrace.errors import StartupError
+from services.tokenizer.backends import heap_merge
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -114,41 +114,11 @@ class Merges:
         return ids
 
     def merge_long(self, ids: list[int]) -> list[int]:
-        """`apply` for many. Symbols are a linked list over their first positions; the
-        heap holds value * n + position, and an entry counts only while its pair has
-        its value."""
-        find, size, mask, n = self._pairs.get, self._size, self._mask, len(ids)
-        symbols = list(ids)
-        following = [*range(1, n), -1]
-        before = list(range(-1, n - 1))
-        values = [find(left * size + right, NONE) for left, right in pairwise(ids)]
-        values.append(NONE)
-        heap = [value * n + at for at, value in enumerate(values) if value != NONE]
-        heapify(heap)
-
-        def renew(at: int) -> None:
-            value = find(symbols[at] * size + symbols[following[at]], NONE)
-            values[at] = value
-            if value != NONE:
-                heappush(heap, value * n + at)
-
-        while heap:
-            value, at = divmod(heappop(heap), n)
-            if values[at] != value:
-                continue
-            symbols[at] = value & mask
-            gone = following[at]
-            values[gone] = NONE
-            following[at] = following[gone]
-            if following[at] >= 0:
-                before[following[at]] = at
-                renew(at)
-            else:
-                values[at] = NONE
-            if before[at] >= 0:
-                renew(before[at])
-        merged, at = [], 0 if symbols else -1
-        while at >= 0:
-            merged.append(symbols[at])
-            at = following[at]
-        return merged
+        """`apply` for many."""
+        find, size, mask = self._pairs.get, self._size, self._mask
+        return heap_merge.merge(
+            ids,
+            lambda left, right: find(left * size + right, NONE),
+            lambda left, right, value: value & mask,
+            NONE,
+        )

@@ -11,9 +11,10 @@ n log n in Python; a test holds that they agree. Nothing here knows ids.
 
 from __future__ import annotations
 
-from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from typing import TYPE_CHECKING
+
+from services.tokenizer.backends import heap_merge
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -54,40 +55,11 @@ class ScoreMerges:
         return symbols
 
     def merge_long(self, symbols: list[str]) -> list[str]:
-        """`apply` for many. Symbols are a linked list over their first positions; the
-        heap holds rank * n + position, and an entry counts only while the two symbols
-        there have its rank."""
-        find, none, n = self._order.get, self._none, len(symbols)
-        following = [*range(1, n), -1]
-        before = list(range(-1, n - 1))
-        ranks = [find(left + right, none) for left, right in pairwise(symbols)]
-        ranks.append(none)
-        heap = [rank * n + at for at, rank in enumerate(ranks) if rank != none]
-        heapify(heap)
-
-        def renew(at: int) -> None:
-            rank = find(symbols[at] + symbols[following[at]], none)
-            ranks[at] = rank
-            if rank != none:
-                heappush(heap, rank * n + at)
-
-        while heap:
-            rank, at = divmod(heappop(heap), n)
-            if ranks[at] != rank:
-                continue
-            gone = following[at]
-            symbols[at] += symbols[gone]
-            ranks[gone] = none
-            following[at] = following[gone]
-            if following[at] >= 0:
-                before[following[at]] = at
-                renew(at)
-            else:
-                ranks[at] = none
-            if before[at] >= 0:
-                renew(before[at])
-        merged, at = [], 0 if symbols else -1
-        while at >= 0:
-            merged.append(symbols[at])
-            at = following[at]
-        return merged
+        """`apply` for many."""
+        find, none = self._order.get, self._none
+        return heap_merge.merge(
+            symbols,
+            lambda left, right: find(left + right, none),
+            lambda left, right, value: left + right,
+            none,
+        )

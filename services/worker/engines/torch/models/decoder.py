@@ -1,4 +1,4 @@
-"""The frame of a decoder: embedding, blocks, norm, output projection.
+"""The frame of a decoder: embedding, blocks, norm, output projection; and the usual block.
 
 What stands in a block is the architecture's. Shapes, here and in all
 architectures: T tokens of the step, E hidden size, H query heads, K key and value
@@ -18,8 +18,34 @@ if TYPE_CHECKING:
     from services.worker.engines.torch.layers import Builder, Rotation
     from services.worker.model_config import ModelConfig
 
-    Block = Callable[[torch.Tensor, Rotation, Attend], torch.Tensor]
-    MakeBlock = Callable[[ModelConfig, Builder, int], Block]
+    #: Attention, and a whole block: the hidden state in and out.
+    Mix = Callable[[torch.Tensor, Rotation, Attend], torch.Tensor]
+    FeedForward = Callable[[torch.Tensor], torch.Tensor]
+    MakeBlock = Callable[[ModelConfig, Builder, int], Mix]
+
+
+class Block:
+    """One layer: attention and feed-forward (None: an MLP), each behind a norm and
+    around a residual. Takes and returns the hidden state, [T, E]."""
+
+    def __init__(
+        self,
+        args: ModelConfig,
+        build: Builder,
+        layer: int,
+        attention: Mix,
+        feed_forward: FeedForward | None = None,
+    ) -> None:
+        name = f"model.layers.{layer}"
+        hidden, eps = args.hidden_size, args.rms_norm_eps
+        self.attention_norm = build.norm(f"{name}.input_layernorm", hidden, eps)
+        self.attention = attention
+        self.feed_forward_norm = build.norm(f"{name}.post_attention_layernorm", hidden, eps)
+        self.feed_forward = feed_forward or build.mlp(f"{name}.mlp", hidden, args.intermediate_size)
+
+    def __call__(self, x: torch.Tensor, rotate: Rotation, attend: Attend) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), rotate, attend)
+        return x + self.feed_forward(self.feed_forward_norm(x))
 
 
 class Decoder:

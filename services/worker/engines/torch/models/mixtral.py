@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from services.worker.engines.torch.models.decoder import Decoder
+from services.worker.engines.torch.models.decoder import Block, Decoder
 from services.worker.engines.torch.models.llama import Attention
 from services.worker.engines.torch.models.names import (
     GGUF_ATTENTION,
@@ -17,11 +17,8 @@ from services.worker.engines.torch.models.names import (
 )
 
 if TYPE_CHECKING:
-    import torch
-
     from headrace.models.files import Format
-    from services.worker.engines.torch.attention import Attend
-    from services.worker.engines.torch.layers import Builder, Rotation
+    from services.worker.engines.torch.layers import Builder
     from services.worker.model_config import ModelConfig
 
 _GGUF_BLOCK_NAMES = GGUF_ATTENTION | GGUF_EXPERTS | {"ffn_norm": "post_attention_layernorm"}
@@ -29,28 +26,17 @@ _GGUF_BLOCK_NAMES = GGUF_ATTENTION | GGUF_EXPERTS | {"ffn_norm": "post_attention
 _EXPERT_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
-class Block:
-    """One layer: attention and experts, each behind a norm and around a residual."""
-
-    def __init__(self, args: ModelConfig, build: Builder, layer: int) -> None:
-        assert args.experts is not None
-        name = f"model.layers.{layer}"
-        eps = args.rms_norm_eps
-        self.attention_norm = build.norm(f"{name}.input_layernorm", args.hidden_size, eps)
-        self.attention = Attention(args, build, layer)
-        self.experts_norm = build.norm(f"{name}.post_attention_layernorm", args.hidden_size, eps)
-        self.experts = build.experts(f"{name}.mlp", args.hidden_size, args.experts)
-
-    def __call__(self, x: torch.Tensor, rotate: Rotation, attend: Attend) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), rotate, attend)
-        return x + self.experts(self.experts_norm(x))
+def _block(args: ModelConfig, build: Builder, layer: int) -> Block:
+    assert args.experts is not None
+    experts = build.experts(f"model.layers.{layer}.mlp", args.hidden_size, args.experts)
+    return Block(args, build, layer, Attention(args, build, layer), experts)
 
 
 class Mixtral(Decoder):
     """The model."""
 
     def __init__(self, args: ModelConfig, build: Builder) -> None:
-        super().__init__(args, build, Block)
+        super().__init__(args, build, _block)
 
     @staticmethod
     def naming(file_format: Format, args: ModelConfig) -> Naming:

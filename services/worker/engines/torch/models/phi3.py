@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from services.worker.engines.torch.layers import GatedMLP
-from services.worker.engines.torch.models.decoder import Decoder
+from services.worker.engines.torch.models.decoder import Block, Decoder
 from services.worker.engines.torch.models.names import GgufNaming, Naming
 
 if TYPE_CHECKING:
@@ -52,31 +52,21 @@ class Attention:
         return self.output(mixed.view(len(x), -1))  # [T, E]
 
 
-class Block:
-    """One layer: attention and MLP, each behind a norm and around a residual."""
-
-    def __init__(self, args: ModelConfig, build: Builder, layer: int) -> None:
-        name = f"model.layers.{layer}"
-        eps, size = args.rms_norm_eps, args.intermediate_size
-        self.attention_norm = build.norm(f"{name}.input_layernorm", args.hidden_size, eps)
-        self.attention = Attention(args, build, layer)
-        self.mlp_norm = build.norm(f"{name}.post_attention_layernorm", args.hidden_size, eps)
-        self.mlp = GatedMLP(
-            build.linear(args.hidden_size, {f"{name}.mlp.gate_up_proj": 2 * size}),
-            build.linear(size, {f"{name}.mlp.down_proj": args.hidden_size}),
-            size,
-        )
-
-    def __call__(self, x: torch.Tensor, rotate: Rotation, attend: Attend) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), rotate, attend)
-        return x + self.mlp(self.mlp_norm(x))
+def _block(args: ModelConfig, build: Builder, layer: int) -> Block:
+    name, size = f"model.layers.{layer}.mlp", args.intermediate_size
+    mlp = GatedMLP(
+        build.linear(args.hidden_size, {f"{name}.gate_up_proj": 2 * size}),
+        build.linear(size, {f"{name}.down_proj": args.hidden_size}),
+        size,
+    )
+    return Block(args, build, layer, Attention(args, build, layer), mlp)
 
 
 class Phi3(Decoder):
     """The model."""
 
     def __init__(self, args: ModelConfig, build: Builder) -> None:
-        super().__init__(args, build, Block)
+        super().__init__(args, build, _block)
 
     @staticmethod
     def naming(file_format: Format, args: ModelConfig) -> Naming:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from services.worker.engines.torch.models.decoder import Decoder
+from services.worker.engines.torch.models.decoder import Block, Decoder
 from services.worker.engines.torch.models.names import (
     GGUF_ATTENTION,
     GGUF_MLP,
@@ -50,27 +50,15 @@ class Attention:
         return self.output(mixed.view(len(x), -1))  # [T, E]
 
 
-class Block:
-    """One layer: attention and MLP, each behind a norm and around a residual."""
-
-    def __init__(self, args: ModelConfig, build: Builder, layer: int) -> None:
-        name = f"model.layers.{layer}"
-        eps = args.rms_norm_eps
-        self.attention_norm = build.norm(f"{name}.input_layernorm", args.hidden_size, eps)
-        self.attention = Attention(args, build, layer)
-        self.mlp_norm = build.norm(f"{name}.post_attention_layernorm", args.hidden_size, eps)
-        self.mlp = build.mlp(f"{name}.mlp", args.hidden_size, args.intermediate_size)
-
-    def __call__(self, x: torch.Tensor, rotate: Rotation, attend: Attend) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), rotate, attend)
-        return x + self.mlp(self.mlp_norm(x))
+def _block(args: ModelConfig, build: Builder, layer: int) -> Block:
+    return Block(args, build, layer, Attention(args, build, layer))
 
 
 class Qwen2(Decoder):
     """The model."""
 
     def __init__(self, args: ModelConfig, build: Builder) -> None:
-        super().__init__(args, build, Block)
+        super().__init__(args, build, _block)
 
     @staticmethod
     def naming(file_format: Format, args: ModelConfig) -> Naming:

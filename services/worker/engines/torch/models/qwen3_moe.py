@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from services.worker.engines.torch.models.decoder import Decoder
+from services.worker.engines.torch.models.decoder import Block, Decoder
 from services.worker.engines.torch.models.names import (
     GGUF_ATTENTION,
     GGUF_EXPERTS,
@@ -18,40 +18,24 @@ from services.worker.engines.torch.models.names import (
 from services.worker.engines.torch.models.qwen3 import GGUF_HEAD_NORMS, Attention
 
 if TYPE_CHECKING:
-    import torch
-
     from headrace.models.files import Format
-    from services.worker.engines.torch.attention import Attend
-    from services.worker.engines.torch.layers import Builder, Experts, GatedMLP, Rotation
+    from services.worker.engines.torch.layers import Builder, Experts
     from services.worker.model_config import ModelConfig
 
 
-class Block:
-    """One layer: attention and experts or MLP, each behind a norm and around a residual."""
-
-    def __init__(self, args: ModelConfig, build: Builder, layer: int) -> None:
-        assert args.experts is not None
-        name = f"model.layers.{layer}"
-        eps = args.rms_norm_eps
-        self.attention_norm = build.norm(f"{name}.input_layernorm", args.hidden_size, eps)
-        self.attention = Attention(args, build, layer)
-        self.mlp_norm = build.norm(f"{name}.post_attention_layernorm", args.hidden_size, eps)
-        self.mlp: GatedMLP | Experts
-        if layer in args.experts.dense_layers:
-            self.mlp = build.mlp(f"{name}.mlp", args.hidden_size, args.intermediate_size)
-        else:
-            self.mlp = build.experts(f"{name}.mlp", args.hidden_size, args.experts)
-
-    def __call__(self, x: torch.Tensor, rotate: Rotation, attend: Attend) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), rotate, attend)
-        return x + self.mlp(self.mlp_norm(x))
+def _block(args: ModelConfig, build: Builder, layer: int) -> Block:
+    assert args.experts is not None
+    experts: Experts | None = None
+    if layer not in args.experts.dense_layers:
+        experts = build.experts(f"model.layers.{layer}.mlp", args.hidden_size, args.experts)
+    return Block(args, build, layer, Attention(args, build, layer), experts)
 
 
 class Qwen3Moe(Decoder):
     """The model."""
 
     def __init__(self, args: ModelConfig, build: Builder) -> None:
-        super().__init__(args, build, Block)
+        super().__init__(args, build, _block)
 
     @staticmethod
     def naming(file_format: Format, args: ModelConfig) -> Naming:
