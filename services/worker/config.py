@@ -41,6 +41,11 @@ class WorkerConfig:
     deterministic: bool = option(
         False, help="the same logits, to the bit, in any batch; refused where that can't be"
     )
+    sim_timing: str = option(
+        "linear",
+        help="sim: what steps take: linear, polynomial or roofline, or NAME:KEY=VALUE,…",
+        metavar="SPEC",
+    )
     sim_prefill_ms_per_token: float = option(0.1, help="sim: time that a prompt token takes")
     sim_step_ms: float = option(10.0, help="sim: time that a step takes at least")
     sim_step_ms_per_sequence: float = option(0.0, help="sim: time that a decoded sequence adds")
@@ -63,6 +68,7 @@ class WorkerConfig:
             max_step_tokens=self.max_step_tokens,
             max_sequences=self.max_sequences,
             deterministic=self.deterministic,
+            sim_timing=self.sim_timing,
             sim_prefill_ms_per_token=self.sim_prefill_ms_per_token,
             sim_step_ms=self.sim_step_ms,
             sim_step_ms_per_sequence=self.sim_step_ms_per_sequence,

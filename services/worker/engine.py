@@ -41,7 +41,9 @@ class EngineConfig:
     max_sequences: int = 64
     #: Refuse to start unless logits are the same bits in any batch and any chunking.
     deterministic: bool = False
-    #: sim: what steps take.
+    #: sim: what steps take: a timing model's spec (engines/sim/timing), or "linear" by
+    #: the three constants.
+    sim_timing: str = "linear"
     sim_prefill_ms_per_token: float = 0.1
     sim_step_ms: float = 10.0
     sim_step_ms_per_sequence: float = 0.0
@@ -115,10 +117,14 @@ class EngineStats:
     queued_prefill_tokens: int = 0
     used_blocks: int = 0
     total_blocks: int = 0
+    step_ms: float = 0.0
+    prefill_steps: int = 0
     prefill_tokens: int = 0
-    prefill_ms: float = 0.0
+    prefill_squares: int = 0
+    prefill_context: int = 0
     decode_steps: int = 0
-    decode_ms: float = 0.0
+    decode_sequences: int = 0
+    decode_context: int = 0
 
 
 @dataclass(frozen=True, slots=True)

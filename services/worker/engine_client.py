@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from headrace import status
@@ -118,17 +119,11 @@ class EngineClient(asyncio.Protocol):
         if not self._unseen:
             return self._stats
         last = self._stats
-        return EngineStats(
-            active_sequences=last.active_sequences,
+        return replace(
+            last,
             queued_sequences=last.queued_sequences + len(self._unseen),
             queued_prefill_tokens=last.queued_prefill_tokens
             + sum(length for _, length in self._unseen),
-            used_blocks=last.used_blocks,
-            total_blocks=last.total_blocks,
-            prefill_tokens=last.prefill_tokens,
-            prefill_ms=last.prefill_ms,
-            decode_steps=last.decode_steps,
-            decode_ms=last.decode_ms,
         )
 
     def step_elapsed_ms(self) -> int:

@@ -34,6 +34,7 @@ from services.worker.scheduling import (
     schedule,
 )
 from services.worker.scheduling.sequence import SequenceState, fault
+from services.worker.step_totals import StepTotals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -88,14 +89,13 @@ class EngineCore:
         self._tenants = TenantCounters()
         self._waiting: WaitingQueue[SequenceState] = WaitingQueue(self._tenants)
         #: Ids of full blocks that running prefills will compute -> how many of them.
-        self._coming: Counter[BlockId] = Counter()
+        self._coming: dict[BlockId, int] = {}
         #: Ends of what was refused or cancelled since the last step.
         self._ends: list[SequenceEnd] = []
         self._num_waiting_tokens = 0
         self._num_arrived = 0
         self._step = 0
-        self._prefill_tokens, self._prefill_ms = 0, 0.0
-        self._decode_steps, self._decode_ms = 0, 0.0
+        self._totals = StepTotals()
 
     def submit(self, requests: Sequence[SequenceRequest]) -> None:
         """See Engine.submit. Raises ValueError for the id of a sequence that has not ended."""
@@ -104,8 +104,8 @@ class EngineCore:
             if request.sequence_id in self._sequences:
                 raise ValueError(f"sequence {request.sequence_id} is here already")
             self._num_arrived += 1
-            sequence = SequenceState(request, self.info, self._max_len, self._num_arrived, now)
-            if error := fault(request, self.info, self._max_len):
+            sequence, error = self._accept(request, now)
+            if error:
                 self._ends.append(sequence.end("error", now, error))
             elif request.generated_ids and (reason := sequence.ending()):
                 self._ends.append(sequence.end(reason, now))
@@ -113,6 +113,11 @@ class EngineCore:
                 self._sequences[sequence.sequence_id] = sequence
                 self._tenants.enter(sequence.tenant)
                 self._wait(sequence)
+
+    def _accept(self, request: SequenceRequest, now: float) -> tuple[SequenceState, str]:
+        """The sequence, and why it can never run here, or nothing."""
+        sequence = SequenceState(request, self.info, self._max_len, self._num_arrived, now)
+        return sequence, fault(request, self.info, self._max_len)
 
     def cancel(self, sequence_ids: Sequence[int]) -> None:
         """See Engine.cancel. Their blocks are free at once."""
@@ -143,7 +148,7 @@ class EngineCore:
             scheduled, plan = self._apply(decision, started)
             result = self._runner.execute(plan)
             now = self._clock()
-            self._count(decision, plan, (now - started) * 1000)
+            self._totals.add(plan, len(decision.decodes), (now - started) * 1000)
             self._register(scheduled, plan)
             for sequence, token in _sampled(scheduled, plan, result):
                 sequence_ids.append(sequence.sequence_id)
@@ -168,10 +173,7 @@ class EngineCore:
             queued_prefill_tokens=self._num_waiting_tokens + sum(n for n in left if n > 1),
             used_blocks=self._blocks.num_used,
             total_blocks=self._blocks.num_blocks,
-            prefill_tokens=self._prefill_tokens,
-            prefill_ms=self._prefill_ms,
-            decode_steps=self._decode_steps,
-            decode_ms=self._decode_ms,
+            **self._totals.as_dict(),
         )
 
     def owned_blocks(self) -> list[int]:
@@ -284,7 +286,8 @@ class EngineCore:
         sequence.num_computed = count * self.info.block_size
         left = sequence.num_tokens - sequence.num_computed
         self._tenants.charge(sequence.tenant, left * PREFILL_COST)
-        self._coming.update(self._coming_of(sequence))
+        for block_id in self._coming_of(sequence):
+            self._coming[block_id] = self._coming.get(block_id, 0) + 1
         if sequence.started_at is None:
             sequence.started_at = now
             sequence.cached_tokens = sequence.num_computed
@@ -318,17 +321,19 @@ class EngineCore:
     def _register_full(self, sequence: SequenceState, num_full: int) -> None:
         ids = sequence.block_ids(num_full)
         for group, table in enumerate(sequence.tables):
-            first = sequence.firsts[group]
-            for index in range(sequence.num_registered, num_full):
-                self._blocks.register(table[index - first], ids[index], group)
+            start, first = sequence.num_registered, sequence.firsts[group]
+            self._blocks.register(table[start - first : num_full - first], ids[start:], group)
         sequence.num_registered = num_full
 
     def _forget_coming(self, sequence: SequenceState, num_full: int | None = None) -> None:
         """Its blocks up to there (None: all) are computed, or will not be."""
+        coming = self._coming
         for block_id in self._reusable_ids(sequence)[sequence.num_registered : num_full]:
-            self._coming[block_id] -= 1
-            if not self._coming[block_id]:
-                del self._coming[block_id]
+            left = coming[block_id] - 1
+            if left:
+                coming[block_id] = left
+            else:
+                del coming[block_id]
 
     def _give_up(self, sequence: SequenceState) -> None:
         """Release the blocks that lie before the windows of the next token."""
@@ -366,16 +371,6 @@ class EngineCore:
     def _unwait(self, sequence: SequenceState) -> None:
         self._waiting.remove(sequence)
         self._num_waiting_tokens -= sequence.num_tokens
-
-    def _count(self, decision: Decision, plan: StepPlan, elapsed_ms: float) -> None:
-        """Only pure steps count: mixed ones would blur what a prefilled token costs."""
-        num_prefills = len(decision.prefills) + len(decision.admissions)
-        if decision.decodes and not num_prefills:
-            self._decode_steps += 1
-            self._decode_ms += elapsed_ms
-        elif num_prefills and not decision.decodes:
-            self._prefill_tokens += plan.num_tokens
-            self._prefill_ms += elapsed_ms
 
 
 class _Closed:

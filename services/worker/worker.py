@@ -191,6 +191,7 @@ class Worker:
             resume=self.info.resume,
             tiers=self.info.tiers,
             lease_ttl_ms=self._lease_ttl_ms,
+            max_sequences=self.info.max_sequences,
         )
 
 

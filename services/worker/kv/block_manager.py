@@ -15,10 +15,10 @@ blocks are full and never written again, so sharing needs no copy.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, TypeAlias
 
-from headrace.blocks import short_id
+from headrace.blocks import short_id, short_ids
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -45,10 +45,11 @@ class BlockManager:
         #: What a cached block holds; None for a block that is not cached.
         self._key_of: list[_Key | None] = [None] * num_blocks
         self._cached: dict[_Key, int] = {}
-        #: Least recently used first.
-        self._evictable: dict[int, None] = {}
-        #: Net changes since they were last taken: short id -> now cached or not.
-        self._changes: dict[int, bool] = {}
+        #: Least recently used first. (A dict's first key is slow to find once many before
+        #: it were deleted.)
+        self._evictable: OrderedDict[int, None] = OrderedDict()
+        #: Net changes of group 0 since they were last taken: id -> now cached or not.
+        self._changes: dict[BlockId, bool] = {}
 
     @property
     def num_available(self) -> int:
@@ -125,15 +126,18 @@ class BlockManager:
             taken.append(block)
         return taken
 
-    def register(self, block: int, block_id: BlockId, group: int = 0) -> None:
-        """Cache a used, full block under its id. Of two blocks with one id the first stays."""
-        key = _key(group, block_id)
-        if key in self._cached or self._key_of[block] is not None:
-            return
-        self._cached[key] = block
-        self._key_of[block] = key
-        if not group:
-            self._note(block_id, cached=True)
+    def register(self, blocks: Iterable[int], ids: Iterable[BlockId], group: int = 0) -> None:
+        """Cache used, full blocks under their ids. Of two blocks with one id the first stays."""
+        cached, key_of, changes = self._cached, self._key_of, self._changes
+        for block, block_id in zip(blocks, ids, strict=True):
+            key = (group, block_id) if group else block_id
+            if key in cached or key_of[block] is not None:
+                continue
+            cached[key] = block
+            key_of[block] = key
+            # A change and its opposite together are none.
+            if not group and changes.pop(block_id, True):
+                changes[block_id] = True
 
     def release(self, blocks: Sequence[int]) -> None:
         """Remove a user of `blocks`, given in the sequence's order.
@@ -155,8 +159,9 @@ class BlockManager:
     def take_changes(self) -> tuple[list[int], list[int]]:
         """Short ids (stored, removed) whose net state changed since the last call."""
         changes, self._changes = self._changes, {}
-        stored = [short for short, cached in changes.items() if cached]
-        return stored, [short for short, cached in changes.items() if not cached]
+        stored = b"".join([block_id for block_id, cached in changes.items() if cached])
+        removed = b"".join([block_id for block_id, cached in changes.items() if not cached])
+        return short_ids(stored), short_ids(removed)
 
     def owned(self) -> list[int]:
         """Short ids of all cached blocks of group 0."""
@@ -181,21 +186,14 @@ class BlockManager:
         assert held == self._cached
 
     def _evict(self) -> int:
-        block = next(iter(self._evictable))
-        del self._evictable[block]
+        block, _ = self._evictable.popitem(last=False)
         key = self._key_of[block]
         assert key is not None
         self._key_of[block] = None
         del self._cached[key]
-        if isinstance(key, bytes):
-            self._note(key, cached=False)
+        if isinstance(key, bytes) and not self._changes.pop(key, False):
+            self._changes[key] = False
         return block
-
-    def _note(self, block_id: BlockId, *, cached: bool) -> None:
-        short = short_id(block_id)
-        # The opposite change is pending: together they are none.
-        if self._changes.pop(short, cached) == cached:
-            self._changes[short] = cached
 
 
 def _key(group: int, block_id: BlockId) -> _Key:

@@ -79,6 +79,11 @@ class SequenceState:
         self._namespace_key = request.namespace_key
 
     @property
+    def num_left(self) -> int:
+        """Tokens that it may still generate."""
+        return self._max_len - self.num_tokens
+
+    @property
     def num_generated(self) -> int:
         """Generated tokens, those of before a resume included."""
         return self.num_tokens - self.num_prompt_tokens
@@ -150,23 +155,29 @@ class SequenceState:
         )
 
 
-def fault(request: SequenceRequest, info: EngineInfo, max_len: int) -> str:
-    """Why `request` can never run on this engine, naming field, limit and value; or nothing.
+def length_fault(num_prompt: int, num_tokens: int, info: EngineInfo, max_len: int) -> str:
+    """Why a sequence of so many tokens can never run on this engine; or nothing.
 
     `max_len` is the longest sequence that context and KV cache allow.
     """
-    num_prompt = len(request.prompt_ids)
-    num_tokens = num_prompt + len(request.generated_ids)
     if not num_prompt:
         return "prompt_ids must not be empty"
-    limit = max_len
     # A resumed sequence may have reached the limit just before it was lost.
-    if num_prompt >= limit or num_tokens > limit:
-        what = "context length" if limit == info.context_len else "KV cache's size"
+    if num_prompt >= max_len or num_tokens > max_len:
+        what = "context length" if max_len == info.context_len else "KV cache's size"
         return (
-            f"prompt_ids and generated_ids must be fewer than the {what} of {limit} tokens, "
+            f"prompt_ids and generated_ids must be fewer than the {what} of {max_len} tokens, "
             f"not {num_tokens}"
         )
+    return ""
+
+
+def fault(request: SequenceRequest, info: EngineInfo, max_len: int) -> str:
+    """Why `request` can never run on this engine, naming field, limit and value; or nothing."""
+    num_prompt = len(request.prompt_ids)
+    num_tokens = num_prompt + len(request.generated_ids)
+    if too_long := length_fault(num_prompt, num_tokens, info, max_len):
+        return too_long
     for field, ids in (
         ("prompt_ids", request.prompt_ids),
         ("generated_ids", request.generated_ids),

@@ -99,6 +99,11 @@ class WaitingQueue(Generic[W]):
     def __len__(self) -> int:
         return self._len
 
+    @property
+    def is_head_fixed(self) -> bool:
+        """Whether who is first depends on no tenant's counter."""
+        return not self._levels or len(self._levels[min(self._levels)]) == 1
+
     def __iter__(self) -> Iterator[W]:
         """All, as they should be admitted if nothing changes. Changes nothing itself."""
         for level in sorted(self._levels):

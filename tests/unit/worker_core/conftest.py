@@ -13,7 +13,8 @@ from headrace.params import SamplingParams
 from services.worker.engine import EngineInfo, SequenceRequest
 from services.worker.engine_core import EngineCore
 from services.worker.engines.sim.clock import VirtualClock
-from services.worker.engines.sim.runner import SimRunner, StepTimes
+from services.worker.engines.sim.runner import SimRunner
+from services.worker.engines.sim.timing.linear import Linear
 from services.worker.engines.sim.tokens import next_token
 from services.worker.kv import KVGroup
 from services.worker.plan import BlockTable
@@ -62,7 +63,7 @@ class TinyEngine:
             resume="exact",
         )
         self.clock = VirtualClock()
-        times = StepTimes(step_ms=self.step_ms, step_ms_per_sequence=0.0, prefill_ms_per_token=1.0)
+        times = Linear(step_ms=self.step_ms, step_ms_per_sequence=0.0, prefill_ms_per_token=1.0)
         self._runner = SimRunner(
             times, self.clock, self.table, num_blocks=self.num_blocks, block_size=self.block_size
         )

@@ -26,7 +26,7 @@ def cached(blocks: BlockManager, block_ids: list[bytes]) -> list[int]:
     """Compute and release a sequence of full blocks."""
     taken = blocks.allocate(len(block_ids))
     for block, block_id in zip(taken, block_ids, strict=True):
-        blocks.register(block, block_id)
+        blocks.register([block], [block_id])
     blocks.release(taken)
     return taken
 
@@ -75,8 +75,8 @@ def test_of_two_blocks_with_one_id_the_first_stays() -> None:
     blocks = BlockManager(2)
     (name,) = ids(1)
     first, second = blocks.allocate(2)
-    blocks.register(first, name)
-    blocks.register(second, name)
+    blocks.register([first], [name])
+    blocks.register([second], [name])
     assert blocks.take_changes() == (short(name), [])
     blocks.release([second])
     assert found(blocks, [name]) == [first]

@@ -248,7 +248,8 @@ def test_times_and_stats_are_of_the_engines_clock(tiny: Tiny) -> None:
     assert (end.queue_ms, end.prefill_ms, end.decode_ms) == pytest.approx((36, 2, 0))
     stats = engine.core.stats()
     assert (stats.prefill_tokens, stats.decode_steps) == (18, 2)
-    assert (stats.prefill_ms, stats.decode_ms) == pytest.approx((18, 20))
+    assert (stats.prefill_steps, stats.decode_sequences) == (3, 2)
+    assert stats.step_ms == pytest.approx(38)
 
 
 def test_siblings_wait_for_the_prompt_that_one_of_them_computes(tiny: Tiny) -> None:
@@ -318,14 +319,16 @@ def test_an_earlier_deadline_goes_first_within_a_tenant(tiny: Tiny) -> None:
     assert list(engine.ends) == [running, urgent, patient]
 
 
-def test_mixed_steps_are_in_no_total(tiny: Tiny) -> None:
+def test_a_mixed_step_counts_as_prefill_and_decode(tiny: Tiny) -> None:
     engine = tiny()
     engine.submit([1, 2], max_tokens=3)
     engine.step()
     engine.submit([2, 3], max_tokens=1)
     engine.step()
     stats = engine.core.stats()
-    assert (stats.prefill_tokens, stats.decode_steps) == (2, 0)
+    assert (stats.prefill_tokens, stats.prefill_steps) == (4, 2)
+    assert (stats.prefill_squares, stats.prefill_context) == (8, 0)
+    assert (stats.decode_steps, stats.decode_sequences, stats.decode_context) == (1, 1, 3)
 
 
 def test_an_idle_step_brings_nothing(tiny: Tiny) -> None:

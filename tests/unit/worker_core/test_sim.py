@@ -13,7 +13,10 @@ from headrace.params import SamplingParams
 from services.worker.engine import EngineConfig, SequenceRequest
 from services.worker.engines.sim.clock import RealClock, VirtualClock
 from services.worker.engines.sim.engine import SimEngine
-from services.worker.engines.sim.runner import SimRunner, StepTimes
+from services.worker.engines.sim.runner import SimRunner, work_of
+from services.worker.engines.sim.timing import StepWork, create
+from services.worker.engines.sim.timing.linear import Linear
+from services.worker.engines.sim.timing.roofline import GPUS, Roofline, Shape
 from services.worker.engines.sim.tokens import fold, next_token
 from services.worker.plan import ScheduledSequence, StepPlan
 
@@ -42,16 +45,15 @@ def plan(*runs: tuple[int, int]) -> StepPlan:
     return StepPlan(items)
 
 
-def test_a_step_takes_what_the_model_says() -> None:
-    times = StepTimes(step_ms=10, step_ms_per_sequence=2, prefill_ms_per_token=0.5)
-    assert times.seconds(plan((5, 1), (6, 1))) == pytest.approx(0.014)
-    assert times.seconds(plan((0, 8))) == pytest.approx(0.004)
-    assert times.seconds(plan((5, 1), (0, 8))) == pytest.approx(0.016)
+def test_a_plan_as_a_timing_models_work() -> None:
+    work = work_of(plan((5, 1), (6, 1), (0, 8), (16, 4)), capacity_tokens=640)
+    assert work == StepWork(2, 6 + 7, [(8, 0), (4, 16)], 640)
+    assert work.prefill_tokens == 12
 
 
 def test_virtual_time_advances_by_what_steps_take() -> None:
     clock = VirtualClock(100.0)
-    times = StepTimes(step_ms=1000, step_ms_per_sequence=0, prefill_ms_per_token=0)
+    times = Linear(step_ms=1000, step_ms_per_sequence=0, prefill_ms_per_token=0)
     runner = SimRunner(times, clock, [1, 2], num_blocks=4, block_size=16)
     runner.execute(plan((1, 1)))
     clock.wait_until(clock.now() + 0.0005)
@@ -68,7 +70,7 @@ class SlackClock(VirtualClock):
 
 def test_steps_keep_their_pace_whatever_happens_between_them() -> None:
     clock = SlackClock()
-    times = StepTimes(step_ms=4, step_ms_per_sequence=0, prefill_ms_per_token=0)
+    times = Linear(step_ms=4, step_ms_per_sequence=0, prefill_ms_per_token=0)
     runner = SimRunner(times, clock, [1, 2], num_blocks=4, block_size=16)
     for position in range(1, 11):
         runner.execute(plan((position, 1)))
@@ -136,6 +138,30 @@ def test_a_directory_without_weights_or_tokenizer_is_enough(tmp_path: Path) -> N
     engine = SimEngine(EngineConfig(str(path), "m", num_blocks=4), silent)
     assert engine.plain_tokens == [token for token in range(64) if token != 3]
     assert engine.info.context_len == 64
+
+
+@pytest.mark.parametrize("spec", ["polynomial", "roofline", "linear:prefill_ms_per_token=3"])
+def test_an_engine_takes_the_time_of_the_model_that_its_flag_names(
+    spec: str, tmp_path: Path
+) -> None:
+    clock = VirtualClock()
+    path = model_directory(tmp_path, None)
+    config = EngineConfig(str(path), "m", num_blocks=4, sim_timing=spec)
+    engine = SimEngine(config, silent, clock)
+    engine.submit([SequenceRequest(1, [1] * 20, [], SamplingParams(max_tokens=2), bytes(16))])
+    engine.step()
+    work = StepWork(0, 0, [(20, 0)], 64)
+    if spec == "roofline":
+        own = Shape(2, 8, 16, 2, 2, 4, 64)
+        assert clock.now() == Roofline(GPUS["h100"], own).milliseconds(work) / 1000
+    else:
+        assert clock.now() == create(spec).milliseconds(work) / 1000
+
+
+def test_an_unknown_timing_stops_the_engine(tmp_path: Path) -> None:
+    config = EngineConfig(str(model_directory(tmp_path, None)), "m", sim_timing="sundial")
+    with pytest.raises(StartupError, match="'sundial' is unknown"):
+        SimEngine(config, silent)
 
 
 def test_a_directorys_tokenizer_names_the_plain_tokens(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ Temperature, filters and seed change nothing; log probabilities are made up.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,8 @@ from services.worker import model_config
 from services.worker.engine import EngineInfo
 from services.worker.engine_core import EngineCore
 from services.worker.engines.sim.clock import RealClock
-from services.worker.engines.sim.runner import SimRunner, StepTimes
+from services.worker.engines.sim.runner import SimRunner
+from services.worker.engines.sim.timing import Defaults, create
 from services.worker.engines.sim.tokens import plain_tokens
 
 if TYPE_CHECKING:
@@ -46,11 +48,12 @@ class SimEngine(EngineCore):
         report: Callable[[str, float | None], None],
         clock: Clock | None = None,
     ) -> None:
-        times = _step_times(config)
+        defaults = _defaults(config)
         clock = clock or RealClock()
         report("reading the model's config", None)
         files = from_path(Path(config.model_path), config.model_name)
         model = model_config.read(files)
+        timing = create(config.sim_timing, replace(defaults, model=model))
         num_blocks = model_config.num_blocks(
             config, model.kv_elements_per_token * _BYTES_PER_ELEMENT
         )
@@ -69,7 +72,7 @@ class SimEngine(EngineCore):
         )
         self.plain_tokens = plain_tokens(files, model)
         runner = SimRunner(
-            times, clock, self.plain_tokens, num_blocks=num_blocks, block_size=config.block_size
+            timing, clock, self.plain_tokens, num_blocks=num_blocks, block_size=config.block_size
         )
         super().__init__(
             info,
@@ -80,12 +83,12 @@ class SimEngine(EngineCore):
         )
 
 
-def _step_times(config: EngineConfig) -> StepTimes:
+def _defaults(config: EngineConfig) -> Defaults:
     for name in ("sim_prefill_ms_per_token", "sim_step_ms", "sim_step_ms_per_sequence"):
         # Not `< 0`: that would let NaN pass.
         if not 0 <= getattr(config, name) < float("inf"):
             raise StartupError(f"{name} must be 0 or more, not {getattr(config, name)}")
-    return StepTimes(
+    return Defaults(
         step_ms=config.sim_step_ms,
         step_ms_per_sequence=config.sim_step_ms_per_sequence,
         prefill_ms_per_token=config.sim_prefill_ms_per_token,

@@ -7,10 +7,10 @@ plan's block table, as a real runner does.
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from headrace.logprobs import pack
+from services.worker.engines.sim.timing import StepWork
 from services.worker.engines.sim.tokens import INITIAL_STATE, choose, fold, score
 from services.worker.plan import StepResult
 
@@ -18,29 +18,22 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from services.worker.engines.sim.clock import Clock
+    from services.worker.engines.sim.timing import StepTiming
     from services.worker.plan import ScheduledSequence, StepPlan
 
 
-@dataclass(frozen=True, slots=True)
-class StepTimes:
-    """What a step takes, in ms."""
-
-    #: Every step.
-    step_ms: float
-    #: For each sequence that gets a token.
-    step_ms_per_sequence: float
-    #: For each token of a prefill.
-    prefill_ms_per_token: float
-
-    def seconds(self, plan: StepPlan) -> float:
-        """What executing `plan` takes."""
-        num_decodes = sum(len(item.token_ids) == 1 for item in plan.scheduled)
-        num_prefilled = plan.num_tokens - num_decodes
-        return (
-            (self.step_ms if num_decodes else 0.0)
-            + self.step_ms_per_sequence * num_decodes
-            + self.prefill_ms_per_token * num_prefilled
-        ) / 1000
+def work_of(plan: StepPlan, capacity_tokens: int) -> StepWork:
+    """What executing `plan` is, over a KV cache of so many tokens, for a timing model."""
+    num_decodes = decode_tokens = 0
+    prefills = []
+    for item in plan.scheduled:
+        count = len(item.token_ids)
+        if count == 1:
+            num_decodes += 1
+            decode_tokens += item.start + 1
+        else:
+            prefills.append((count, item.start))
+    return StepWork(num_decodes, decode_tokens, prefills, capacity_tokens)
 
 
 class SimRunner:
@@ -48,14 +41,15 @@ class SimRunner:
 
     def __init__(
         self,
-        times: StepTimes,
+        timing: StepTiming,
         clock: Clock,
         table: Sequence[int],
         *,
         num_blocks: int,
         block_size: int,
     ) -> None:
-        self._times = times
+        self._timing = timing
+        self._capacity_tokens = num_blocks * block_size
         self._clock = clock
         self._table = table
         self._block_size = block_size
@@ -74,7 +68,8 @@ class SimRunner:
         for at, (item, state) in enumerate(chosen):
             if (count := item.sampling.logprobs) is not None:
                 result.logprobs[at] = pack([score(state, self._table, count)])
-        self._ended_at = began + self._times.seconds(plan)
+        taken_ms = self._timing.milliseconds(work_of(plan, self._capacity_tokens))
+        self._ended_at = began + taken_ms / 1000
         self._clock.wait_until(self._ended_at)
         return result
 
