@@ -8,12 +8,14 @@ import secrets
 from typing import TYPE_CHECKING
 
 from headrace import status
+from headrace.errors import StartupError
 from headrace.registry import LEASE_TTL_MS
 from headrace.rpc.server import Server, advertised
 from headrace.service import cancel_and_wait, settle_garbage
 from headrace.v1 import router_pb2
 from headrace.v1.router_pb2_grpc import add_RouterServiceServicer_to_server
 from services.router.fleet import Fleet
+from services.router.objectives import Objectives
 from services.router.ownership import Ownership
 from services.router.peers import Peers
 from services.router.policies import load_policy
@@ -42,7 +44,15 @@ class App:
         #: Drawn at random: it tells a router from its peers and from its last life.
         self.router_id = secrets.token_hex(8)
         policy = load_policy(config.policy)
-        self.router = Router(self.fleet, policy, first_turn=int(self.router_id[:4], 16))
+        if config.max_waiting < 0:
+            raise StartupError(f"--max-waiting must be 0 or more, not {config.max_waiting}")
+        self.router = Router(
+            self.fleet,
+            policy,
+            first_turn=int(self.router_id[:4], 16),
+            objectives=Objectives.parse(config.slo_ttft_ms, config.slo_itl_ms),
+            max_waiting=config.max_waiting,
+        )
         self.ownership = Ownership(config.redis, self.fleet, lease_ttl_ms=lease_ttl_ms)
         self.server = Server(config.listen, [SERVICE_NAME])
         self.servicer = RouterServicer(self.router, self.router_id, self._describe)

@@ -18,17 +18,13 @@ can choose ids that fill a bucket. Knows no workers, tiers or growth. Not thread
 from __future__ import annotations
 
 import secrets
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from typing import TypeAlias
-
-    from numpy.typing import NDArray
-
-    Ids: TypeAlias = NDArray[np.uint64]
-    Positions: TypeAlias = NDArray[np.int64]
+Ids: TypeAlias = NDArray[np.uint64]
+Positions: TypeAlias = NDArray[np.int64]
 
 _LOG_BUCKET_LEN = 3
 _BUCKET_LEN = 1 << _LOG_BUCKET_LEN

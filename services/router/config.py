@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from headrace.config import option
 from services.router.policies import POLICIES
+from services.router.waiting import MAX_WAITING
 
 
 @dataclass(frozen=True)
@@ -25,3 +26,13 @@ class Config:
         "by commas)", metavar="HOST:PORT",
     )  # fmt: skip
     policy: str = option("kv", help="how to choose a worker", choices=tuple(POLICIES))
+    slo_ttft_ms: tuple[str, ...] = option(
+        (), help="wanted time to the first token, of all models or of one (repeat, or separate "
+        "by commas)", metavar="[MODEL=]MS",
+    )  # fmt: skip
+    slo_itl_ms: tuple[str, ...] = option(
+        (), help="wanted time between tokens, likewise", metavar="[MODEL=]MS"
+    )
+    max_waiting: int = option(
+        MAX_WAITING, help="requests that may wait while every worker is busy", metavar="NUMBER"
+    )

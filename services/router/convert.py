@@ -10,7 +10,6 @@ from headrace.blocks import ID_LEN
 from headrace.errors import InvalidArgument
 from headrace.rpc.convert import model_card_to_proto
 from headrace.v1 import router_pb2, types_pb2
-from services.router.policies import RoutingRequest
 from services.router.reservations import Reservation, Reserved, WorkerKey
 
 if TYPE_CHECKING:
@@ -20,43 +19,52 @@ if TYPE_CHECKING:
     from services.router.block_table import Ids
     from services.router.counters import Counters
     from services.router.fleet import Worker
-    from services.router.policies import Choice
+    from services.router.policies import Choice, RoutingRequest
     from services.router.service import ExplainedWorker, Router
+    from services.router.waiting import QueueState
+
+_ID = np.dtype("<u8")
+_NOBODY: frozenset[str] = frozenset()
 
 
 def routing_request(
-    select: router_pb2.SelectWorkerRequest, turn: int
+    select: router_pb2.SelectWorkerRequest, router: Router, ids: Ids | None = None
 ) -> tuple[Ids, RoutingRequest]:
-    """The prompt's short ids and what matters of the request. Raises InvalidArgument."""
-    packed = select.block_ids
-    if len(packed) % ID_LEN:
-        raise InvalidArgument(
-            f"block_ids: {len(packed)} bytes are not a whole number of block ids",
-            field="block_ids",
-        )
-    # The first 8 of 16 bytes: what headrace.blocks.short_ids gives as a list.
-    ids = np.frombuffer(packed, "<u8")[::2]
-    return ids, RoutingRequest(
-        num_tokens=select.num_tokens,
+    """The prompt's short ids, unless read already, and what matters of the request.
+
+    Raises InvalidArgument.
+    """
+    if ids is None:
+        packed = select.block_ids
+        if len(packed) % ID_LEN:
+            raise InvalidArgument(
+                f"block_ids: {len(packed)} bytes are not a whole number of block ids",
+                field="block_ids",
+            )
+        ids = short_ids(packed)
+    return ids, router.request(
+        select.model,
+        ids,
+        select.num_tokens,
         max_tokens=select.max_tokens,
         num_sequences=select.num_sequences or 1,
         tenant=select.tenant,
         priority=select.priority,
         timeout_ms=select.timeout_ms,
         session_id=select.session_id,
-        exclude_workers=frozenset(select.exclude_workers),
-        turn=turn,
+        exclude_workers=frozenset(select.exclude_workers) if select.exclude_workers else _NOBODY,
     )
 
 
-def plan(
-    card: WorkerCard, matched_tokens: int, predicted_ttft_ms: float, policy: str
-) -> router_pb2.Plan:
-    """A plan of one leg."""
+def short_ids(packed: bytes) -> Ids:
+    """The first 8 of each id's 16 bytes: what headrace.blocks.short_ids gives as a list."""
+    return np.frombuffer(packed, _ID)[::2]
+
+
+def plan(card: WorkerCard, policy: str) -> router_pb2.Plan:
+    """A plan of one leg, without what differs from request to request."""
     return router_pb2.Plan(
         legs=[router_pb2.Leg(role=router_pb2.Leg.ROLE_COMPLETE, worker=worker_ref(card))],
-        matched_tokens=matched_tokens,
-        predicted_ttft_ms=predicted_ttft_ms,
         policy=policy,
     )
 
@@ -106,10 +114,15 @@ def worker_ref(card: WorkerCard) -> types_pb2.WorkerRef:
 
 
 def explanation(
-    workers: list[ExplainedWorker], choice: Choice | None, request: RoutingRequest, policy: str
+    workers: list[ExplainedWorker],
+    choice: Choice | None,
+    request: RoutingRequest,
+    policy: str,
+    queue: QueueState,
 ) -> router_pb2.ExplainResponse:
     """Why a request would go where."""
     response = router_pb2.ExplainResponse(
+        queue=_queue(queue),
         workers=[
             router_pb2.ExplainedWorker(
                 worker=worker_ref(entry.worker.card),
@@ -121,21 +134,28 @@ def explanation(
                 prefill_ms_per_token=entry.candidate.timing.prefill_ms_per_token,
                 decode_step_ms=entry.candidate.timing.decode_step_ms,
                 predicted_ttft_ms=entry.candidate.predicted_ttft_ms(request.num_tokens),
+                used_blocks=entry.candidate.load.used_blocks,
+                total_blocks=entry.candidate.load.total_blocks,
+                max_sequences=entry.candidate.load.max_sequences,
+                saturated=entry.saturated,
+                slower_tokens=entry.candidate.slower_tokens,
+                transfer_ms=entry.candidate.transfer_ms,
+                coming_tokens=entry.candidate.coming_tokens,
+                parts=entry.parts,
             )
             for entry in workers
-        ]
+        ],
     )
     for entry in workers:
         if choice is not None and entry.candidate is choice.candidate:
-            chosen = plan(
-                entry.worker.card, entry.candidate.matched_tokens, choice.predicted_ttft_ms, policy
-            )
-            response.plan.CopyFrom(chosen)
+            response.plan.CopyFrom(plan(entry.worker.card, policy))
+            response.plan.matched_tokens = entry.candidate.matched_tokens
+            response.plan.predicted_ttft_ms = choice.predicted_ttft_ms
     return response
 
 
-def fleet_state(router: Router) -> router_pb2.GetFleetResponse:
-    """What the router believes of models and workers, and what it counted."""
+def fleet_state(router: Router, now: float) -> router_pb2.GetFleetResponse:
+    """What the router believes of models and workers, who waits, and what it counted."""
     index = router.fleet.index
     return router_pb2.GetFleetResponse(
         models=[
@@ -150,7 +170,8 @@ def fleet_state(router: Router) -> router_pb2.GetFleetResponse:
             for _, model in sorted(router.fleet.models.items())
         ],
         policy=router.policy.name,
-        counters=_counters(router.counters),
+        counters=_counters(router.counters, router.policy.name),
+        queues={model: _queue(router.waiting.state(model, now)) for model in router.waiting.models},
         index=router_pb2.PrefixIndexState(blocks=len(index), num_bytes=index.num_bytes),
     )
 
@@ -180,7 +201,16 @@ def _tiers(blocks: dict[str, int]) -> list[router_pb2.TierBlocks]:
     return [router_pb2.TierBlocks(tier=tier, blocks=count) for tier, count in blocks.items()]
 
 
-def _counters(counters: Counters) -> router_pb2.RouterCounters:
+def _queue(state: QueueState) -> router_pb2.QueueState:
+    return router_pb2.QueueState(
+        waiting=state.waiting,
+        limit=state.limit,
+        placed_per_s=state.per_s,
+        wait_ms=state.wait_s * 1000,
+    )
+
+
+def _counters(counters: Counters, policy: str) -> router_pb2.RouterCounters:
     return router_pb2.RouterCounters(
         decisions=counters.decisions,
         refused_decisions=counters.refused_decisions,
@@ -191,4 +221,9 @@ def _counters(counters: Counters) -> router_pb2.RouterCounters:
         resyncs=counters.resyncs,
         refusals=counters.refusals,
         outages=counters.outages,
+        decisions_by_policy={policy: counters.decisions},
+        waits=counters.waits,
+        queue_refusals=counters.queue_refusals,
+        queue_deadlines=counters.queue_deadlines,
+        queue_cancels=counters.queue_cancels,
     )

@@ -31,3 +31,9 @@ class Counters:
     refusals: int = 0
     #: Workers found not to answer.
     outages: int = 0
+    #: Requests that had to wait, all workers being saturated; of these, refused at once for
+    #: a full queue or displaced in it; out of time before their turn; cancelled meanwhile.
+    waits: int = 0
+    queue_refusals: int = 0
+    queue_deadlines: int = 0
+    queue_cancels: int = 0

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from headrace import blocks
 from headrace.registry import DEVICE_TIER, ModelCard, WorkerCard
 from services.router.counters import Counters
-from services.router.latency_model import LatencyModel, Totals
+from services.router.latency_model import LatencyModel, Totals, prior_of
 from services.router.prefix_index import SLICE_LEN, PrefixIndex
 from services.router.reservations import WorkerKey
 
@@ -104,12 +104,15 @@ class Model:
     rival: ModelCard | None = None
     #: Decisions made.
     turn: int = 0
+    #: Members whose steps nobody has measured yet.
+    unmeasured: set[str] = field(default_factory=set)
 
 
 class Fleet:
     """All models. `on_join`, `on_leave` and `on_change` are called after the change.
 
-    `on_change` concerns what gateways are told: models, and workers to choose from.
+    `on_change` concerns what gateways are told: models, and workers to choose from;
+    `on_report` each word of a worker about its load.
     """
 
     def __init__(self) -> None:
@@ -119,6 +122,7 @@ class Fleet:
         self.on_join: list[Callable[[str, Worker], None]] = []
         self.on_leave: list[Callable[[str, Worker], None]] = []
         self.on_change: list[Callable[[], None]] = []
+        self.on_report: list[Callable[[WorkerKey], None]] = []
 
     def set_model(self, card: ModelCard) -> None:
         """The model exists, and is registered with this card.
@@ -170,13 +174,21 @@ class Fleet:
         model = self.models[model_name]
         old = model.workers.pop(card.worker_id, None)
         model.refused.pop(card.worker_id, None)
-        worker = Worker(card, self.index.add_worker(), LatencyModel())
+        siblings = (
+            other.latency.timing
+            for other in model.workers.values()
+            if other.card.engine == card.engine
+        )
+        prior = prior_of(card.engine, siblings)
+        worker = Worker(card, self.index.add_worker(), LatencyModel(prior))
         if old is not None:
             self._forget_blocks(old)
             worker.latency = LatencyModel(old.latency.timing)
             worker.resyncs = old.resyncs
             worker.reachable = old.reachable and old.card.address == card.address
         model.workers[card.worker_id] = worker
+        if not worker.latency.timing.calibrated:
+            model.unmeasured.add(card.worker_id)
         if old is not None:
             for left in self.on_leave:
                 left(model_name, old)
@@ -189,6 +201,7 @@ class Fleet:
         """The worker is gone, with all it held. Unknown ids are ignored."""
         model = self.models[model_name]
         model.refused.pop(worker_id, None)
+        model.unmeasured.discard(worker_id)
         worker = model.workers.pop(worker_id, None)
         if worker is None:
             return
@@ -272,10 +285,32 @@ class Fleet:
         was = worker.reachable, worker.load.draining
         worker.reachable = True
         worker.load = load
-        worker.latency.observe(load.totals)
+        self._measure(self.models[model_name], worker, load.totals)
+        for reported in self.on_report:
+            reported(worker.key)
         if was != (True, load.draining):
             log.info("worker %s answers%s", worker_id, ", draining" if load.draining else "")
             self._eligibility_changed(self.models[model_name])
+
+    def _measure(self, model: Model, worker: Worker, totals: Totals) -> None:
+        """Learn from the worker's steps, for those too that have made none.
+
+        Of workers that start together the first one measured would look slow, or fast,
+        beside what is only assumed of the others.
+        """
+        latency = worker.latency
+        before = latency.num_rows
+        latency.observe(totals)
+        # At the first rows, then ever more rarely: later ones change little.
+        if latency.num_rows == before or latency.num_rows & before:
+            return
+        model.unmeasured.discard(worker.key.worker_id)
+        for worker_id in model.unmeasured:
+            sibling = model.workers[worker_id]
+            if sibling.card.engine == worker.card.engine:
+                sibling.latency.expect(latency.timing._replace(calibrated=False))
+                for reported in self.on_report:
+                    reported(sibling.key)
 
     def unreachable(self, model_name: str, worker_id: str, reason: str) -> None:
         """The worker can't be chosen until its health stream says something again."""

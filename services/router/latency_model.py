@@ -1,14 +1,27 @@
-"""How long one worker takes, learned from its own steps.
+"""How long one worker's steps take, learned from its own.
 
-    prefill of n tokens after m cached ones:  a · (n + Q · ((m + n)² − m²))  ms
-    one decode step:                          d                             ms
+    step = c·P + a·n + s·Σn² + x·Σn·m  +  d·D + q·k + r·K      ms
 
-`a` and `d` are running averages over the worker's totals (see WorkerLoad in
-worker.proto), old steps fading by half every `…_HALF_LIFE`; a prior stands in
-until there are steps, and fades the same way. The totals do not say at which
-lengths a step computed, so the quadratic share Q (attention) is a constant: the
-one in Dynamo's mocker polynomial (4.21e-7 n² against 1.518e-2 n), where
-attention costs as much as all else at 36,000 tokens.
+of a step in which prompts of n new tokens after m cached ones are computed (P: 1 if
+there are any) and k sequences decode (D: 1 if any do), whose attention reads K tokens
+of KV. Each coefficient is a cost that hardware has: c and d a pass over the weights,
+a and q a token's arithmetic, s, x and r attention. Dynamo's mocker polynomial has c,
+a, s and, as K grows, d and r.
+
+A worker reports totals of these features and of its time (WorkerLoad in
+worker.proto), and the model is linear in them: so what changed between two reports is
+one equation, whether it was one step or many, of one kind or mixed. Weighted least
+squares over such rows, older ones fading by half every `HALF_LIFE`:
+
+    minimize  Σ w (y - θ·x)² / ŷ²  +  prior     subject to  θ >= 0
+
+- The error is relative: short decode steps count as much as long prefills.
+- The prior is a worker like the card's engine, and weighs as `PRIOR_ROWS` rows do. It
+  answers alone until there are rows (`calibrated` False), and where rows are silent.
+- A row far beyond the usual error weighs little (Huber): one outlier does no harm, a
+  lasting change is the usual error soon.
+- Coordinate descent from the last solution, a few sweeps a row, keeps θ >= 0 by
+  construction (Lawson and Hanson, Solving Least Squares Problems, ch. 23).
 
 Pure: no clock, no worker, no wire.
 """
@@ -16,87 +29,214 @@ Pure: no clock, no worker, no wire.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 #: Before a worker has computed anything: a small GPU, or a fast CPU model.
 PRIOR_PREFILL_MS_PER_TOKEN = 0.1
 PRIOR_DECODE_STEP_MS = 10.0
-#: How much computing the prior weighs as.
-_PRIOR_TOKENS = 128
-_PRIOR_STEPS = 4
-
-#: Tokens and steps after which what was measured before counts half.
-PREFILL_HALF_LIFE = 8192
-DECODE_HALF_LIFE = 256
-
-#: Attention's share: see the module's docstring.
+PRIOR_DECODE_MS_PER_SEQUENCE = 0.1
+#: Attention costs as much as all else at 36,000 tokens: an 8-billion-parameter model.
 QUADRATIC_SHARE = 2.77e-5
 
+#: Rows after which what was measured before counts half.
+HALF_LIFE = 256
+#: How many rows the prior weighs as.
+PRIOR_ROWS = 1.0
+#: Milliseconds of steps that a row spans at least, so that a fast worker's reports
+#: cost the router little: the first rows, and later ones.
+ROW_MS, LATER_ROW_MS = 20.0, 250.0
+_FIRST_ROWS = 128
+_SWEEPS = 3
+#: Of the usual error: from here on a row counts less.
+_HUBER = 3.0
 
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """A snapshot of one worker's model."""
 
+class Timing(NamedTuple):
+    """A snapshot of one worker's model: the coefficients above, in ms. (A tuple: policies
+    read all of it, for each candidate.)"""
+
+    prefill_step_ms: float = 0.0
     prefill_ms_per_token: float = PRIOR_PREFILL_MS_PER_TOKEN
+    prefill_ms_per_square: float = PRIOR_PREFILL_MS_PER_TOKEN * QUADRATIC_SHARE
+    prefill_ms_per_context: float = PRIOR_PREFILL_MS_PER_TOKEN * QUADRATIC_SHARE * 2
     decode_step_ms: float = PRIOR_DECODE_STEP_MS
+    decode_ms_per_sequence: float = PRIOR_DECODE_MS_PER_SEQUENCE
+    decode_ms_per_context: float = 0.0
+    #: Prompt tokens that it was seen to compute in one step; 0: not seen.
+    step_tokens: int = 0
     #: Whether steps of the worker itself stand behind it, not the prior alone.
     calibrated: bool = False
 
-    def prefill_ms(self, num_tokens: int, num_cached: int = 0) -> float:
-        """Milliseconds to compute `num_tokens` that follow `num_cached` ones."""
-        quadratic = QUADRATIC_SHARE * num_tokens * (num_tokens + 2 * num_cached)
-        return self.prefill_ms_per_token * (num_tokens + quadratic)
+    def prefill_ms(self, num_tokens: float, num_cached: float = 0) -> float:
+        """Milliseconds to compute `num_tokens` that follow `num_cached` ones, alone.
+
+        A prompt longer than a step comes in chunks, each behind those before it.
+        """
+        if num_tokens <= 0:
+            return 0.0
+        chunk = min(num_tokens, self.step_tokens or num_tokens)
+        steps = -(-num_tokens // chunk)
+        squares = num_tokens * chunk
+        context = num_tokens * num_cached + (num_tokens * num_tokens - squares) / 2
+        return (
+            self.prefill_step_ms * steps
+            + self.prefill_ms_per_token * num_tokens
+            + self.prefill_ms_per_square * squares
+            + self.prefill_ms_per_context * context
+        )
+
+    def decode_ms(self, num_sequences: float, num_context: float) -> float:
+        """Milliseconds of a step of `num_sequences` that read `num_context` tokens of KV."""
+        return (
+            self.decode_step_ms
+            + self.decode_ms_per_sequence * num_sequences
+            + self.decode_ms_per_context * num_context
+        )
+
+    def queue_ms(self, num_tokens: float, decode_ms: float = 0.0) -> float:
+        """Milliseconds of a queue of prompts: full steps, each of which also decodes."""
+        step = self.step_tokens
+        steps = num_tokens / step if step else 0.0
+        per_token = self.prefill_ms_per_token + self.prefill_ms_per_square * step
+        return num_tokens * per_token + steps * (self.prefill_step_ms + decode_ms)
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What a worker has computed since its start, as it reports it."""
+    """What a worker's steps did since its start, as it reports it: see the module's docstring."""
 
+    step_ms: float = 0.0
+    prefill_steps: int = 0
     prefill_tokens: int = 0
-    prefill_ms: float = 0.0
+    #: Σ n² and Σ n·m over the chunks of prompts computed.
+    prefill_squares: int = 0
+    prefill_context: int = 0
     decode_steps: int = 0
-    decode_ms: float = 0.0
+    #: Σ k and Σ K over steps.
+    decode_sequences: int = 0
+    decode_context: int = 0
+
+
+_NUM_FEATURES = 7
+#: What a coefficient may well be, where its prior is less.
+_SCALES = (10.0, 1e-3, 1e-8, 1e-8, 1.0, 0.1, 1e-5)
+
+
+def prior_of(engine: str, siblings: Iterable[Timing] = ()) -> Timing:
+    """What to expect of a worker that has not computed yet: what the first calibrated of
+    `siblings`, workers of its model and engine, takes; else what its engine runs on.
+    """
+    for sibling in siblings:
+        if sibling.calibrated:
+            return sibling._replace(calibrated=False)
+    per_token = _PRIOR_PER_TOKEN.get(engine, PRIOR_PREFILL_MS_PER_TOKEN)
+    return Timing(
+        prefill_ms_per_token=per_token,
+        prefill_ms_per_square=per_token * QUADRATIC_SHARE,
+        prefill_ms_per_context=per_token * QUADRATIC_SHARE * 2,
+    )
+
+
+#: TensorRT-LLM runs on large GPUs only.
+_PRIOR_PER_TOKEN = {"tensorrt_llm": 0.03}
 
 
 class LatencyModel:
     """One worker's timing, calibrated by `observe`."""
 
     def __init__(self, prior: Timing | None = None) -> None:
-        self.timing = prior or Timing()
-        self._last: Totals | None = None
-        self._prefill = _Average(self.timing.prefill_ms_per_token, _PRIOR_TOKENS, PREFILL_HALF_LIFE)
-        self._decode = _Average(self.timing.decode_step_ms, _PRIOR_STEPS, DECODE_HALF_LIFE)
+        self._last = Totals()
+        #: Equations learned from.
+        self.num_rows = 0
+        self.expect(prior or Timing())
+
+    def expect(self, prior: Timing) -> None:
+        """Take another prior. For a model that has learned nothing yet."""
+        self.timing = prior
+        self._prior: tuple[float, ...] = self.timing[:_NUM_FEATURES]
+        self._theta: list[float] = list(self._prior)
+        #: The prior pulls each coefficient by its deviation relative to its scale.
+        self._stiffness = [
+            PRIOR_ROWS / _NUM_FEATURES / max(value, scale) ** 2
+            for value, scale in zip(self._prior, _SCALES, strict=True)
+        ]
+        self._matrix = [[0.0] * _NUM_FEATURES for _ in range(_NUM_FEATURES)]
+        self._vector = [0.0] * _NUM_FEATURES
+        #: The usual relative error of a row.
+        self._error = 1.0
+        self._step_tokens = self.timing.step_tokens
 
     def observe(self, totals: Totals) -> None:
         """Take in the worker's present totals. Totals that fell are those of a new start."""
-        last, self._last = self._last, totals
-        if last is None or _fell(last, totals):
-            last = Totals()
-        num_tokens = totals.prefill_tokens - last.prefill_tokens
-        num_steps = totals.decode_steps - last.decode_steps
-        if num_tokens <= 0 and num_steps <= 0:
+        last = self._last
+        if _fell(last, totals):
+            last = self._last = Totals()
+        elapsed = totals.step_ms - last.step_ms
+        needed = ROW_MS if self.num_rows < _FIRST_ROWS else LATER_ROW_MS
+        if not needed <= elapsed < float("inf"):
             return
-        self._prefill.add(num_tokens, totals.prefill_ms - last.prefill_ms)
-        self._decode.add(num_steps, totals.decode_ms - last.decode_ms)
-        self.timing = Timing(self._prefill.value, self._decode.value, calibrated=True)
+        self._last = totals
+        row = [
+            totals.prefill_steps - last.prefill_steps,
+            totals.prefill_tokens - last.prefill_tokens,
+            totals.prefill_squares - last.prefill_squares,
+            totals.prefill_context - last.prefill_context,
+            totals.decode_steps - last.decode_steps,
+            totals.decode_sequences - last.decode_sequences,
+            totals.decode_context - last.decode_context,
+        ]
+        if row[0] + row[4] <= 0:
+            return
+        self._learn(row, elapsed)
+        if row[1]:
+            # The mean size of the step that a token was computed in.
+            self._step_tokens = max(self._step_tokens, -(-row[2] // row[1]))
+        self.num_rows += 1
+        c, a, s, x, d, q, r = self._theta
+        self.timing = Timing(c, a, s, x, d, q, r, self._step_tokens, calibrated=True)
+
+    def _learn(self, row: list[int], elapsed: float) -> None:
+        """One more equation, and a better solution."""
+        theta, matrix, vector = self._theta, self._matrix, self._vector
+        predicted = sum(value * x for value, x in zip(theta, row, strict=True))
+        # Neither a prediction near nothing nor a huge measurement decides the scale alone.
+        scale = max(predicted, min(elapsed, 10 * predicted + 1.0))
+        deviation = abs(elapsed - predicted) / scale
+        limit = _HUBER * self._error
+        weight = 1.0 if deviation <= limit else limit / deviation
+        self._error += 0.05 * (min(deviation, 2 * limit) - self._error) + 1e-6
+        weight /= scale * scale
+        fade = 0.5 ** (1 / HALF_LIFE)
+        used = [i for i, x in enumerate(row) if x]
+        for line in matrix:
+            for j in range(_NUM_FEATURES):
+                line[j] *= fade
+        for i in range(_NUM_FEATURES):
+            vector[i] *= fade
+        for i in used:
+            weighted, line = weight * row[i], matrix[i]
+            vector[i] += weighted * elapsed
+            for j in used:
+                line[j] += weighted * row[j]
+        self._solve()
+
+    def _solve(self) -> None:
+        """A few sweeps of coordinate descent towards the solution, none below 0."""
+        theta, prior = self._theta, self._prior
+        # As a prior of that variance among errors of this one.
+        variance = self._error**2
+        for _ in range(_SWEEPS):
+            for i, (line, stiffness) in enumerate(zip(self._matrix, self._stiffness, strict=True)):
+                ridge = stiffness * variance
+                own = line[i] + ridge
+                others = sum(a * b for a, b in zip(line, theta, strict=True)) - line[i] * theta[i]
+                value = (self._vector[i] + ridge * prior[i] - others) / own
+                theta[i] = value if value > 0 and isfinite(value) else 0.0
 
 
 def _fell(last: Totals, totals: Totals) -> bool:
-    return totals.prefill_tokens < last.prefill_tokens or totals.decode_steps < last.decode_steps
-
-
-class _Average:
-    """Milliseconds per unit, over units that fade by half every `half_life` of them."""
-
-    def __init__(self, prior: float, weight: float, half_life: float) -> None:
-        self.value = prior
-        self._units = weight
-        self._ms = prior * weight
-        self._half_life = half_life
-
-    def add(self, units: float, ms: float) -> None:
-        if units <= 0 or ms < 0:
-            return
-        fade = 0.5 ** (units / self._half_life)
-        self._units = self._units * fade + units
-        self._ms = self._ms * fade + ms
-        self.value = self._ms / self._units
+    return totals.step_ms < last.step_ms or totals.prefill_tokens < last.prefill_tokens

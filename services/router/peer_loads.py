@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from services.router.reservations import Reserved
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from services.router.reservations import WorkerKey
 
@@ -25,6 +25,8 @@ class PeerLoads:
     """Loads of other routers, by router."""
 
     def __init__(self) -> None:
+        #: Called with each worker whose load has changed.
+        self.on_change: Callable[[WorkerKey], None] = lambda _: None
         self._peers: dict[str, dict[WorkerKey, Reserved]] = {}
         self._load: dict[WorkerKey, Reserved] = {}
 
@@ -60,3 +62,4 @@ class PeerLoads:
         load.reservations += sign * reserved.reservations
         if not load.reservations:
             del self._load[worker]
+        self.on_change(worker)

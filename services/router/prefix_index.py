@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from services.router.block_table import BlockTable
+from services.router.prefix_walk import Walk, count_leading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -47,8 +48,6 @@ CLEAN_LEN = 32_768
 _SWEEP_SPEED = 32
 #: From here on ids are handled together.
 _MANY = 24
-
-_WORD = (1 << 64) - 1
 
 
 class PrefixIndex:
@@ -83,6 +82,8 @@ class PrefixIndex:
         self._stash_left: list[int] = []
         self._free: list[int] = []
         self._num_slots = 0
+        #: Prompts looked up by `look_ahead`, and where their ids are, until an id moves.
+        self._ahead: dict[int, tuple[Ids, Positions, bool]] = {}
 
     def __len__(self) -> int:
         """Distinct block ids known, those of removed workers not yet cleaned included."""
@@ -121,6 +122,7 @@ class PrefixIndex:
 
     def clean(self, num_positions: int = CLEAN_LEN) -> bool:
         """One slice of what is to be done. True if more remains."""
+        self._ahead.clear()
         if self._next is not None or self._old is not None:
             self._go_on_growing(max(1, num_positions // _SWEEP_SPEED))
         elif self._sweeping or self._removed:
@@ -132,6 +134,7 @@ class PrefixIndex:
 
         An id 0 is ignored: it stands for none.
         """
+        self._ahead.clear()
         num_owned = self._num_owned[slot]
         plane, bit = self._place_of(slot, tier)
         new = list(ids)
@@ -144,6 +147,7 @@ class PrefixIndex:
 
     def remove(self, slot: int, ids: Iterable[int], tier: int = 0) -> None:
         """The slot's worker holds `ids` no more; ids that it did not hold are ignored."""
+        self._ahead.clear()
         num_owned = self._num_owned[slot]
         plane, bit = self._place_of(slot, tier)
         wide = bit << (64 * plane)
@@ -169,6 +173,18 @@ class PrefixIndex:
         counts = self._num_owned[slot]
         return counts[tier] if tier < len(counts) else 0
 
+    def look_ahead(self, prompts: Sequence[Ids]) -> None:
+        """These very arrays will be asked about next: finding all ids at once takes a third.
+
+        It lasts until the index changes or other prompts are looked up so.
+        """
+        self._ahead.clear()
+        found, all_found = self._table.find_all(np.concatenate(prompts))
+        end = 0
+        for prompt in prompts:
+            start, end = end, end + len(prompt)
+            self._ahead[id(prompt)] = (prompt, found[start:end], all_found)
+
     def overlaps(self, ids: Ids | Sequence[int]) -> dict[int, int]:
         """For each slot that holds the first block: how many leading blocks of `ids` it holds.
 
@@ -182,11 +198,16 @@ class PrefixIndex:
 
     def _reaches(self, ids: Ids | Sequence[int], num_tiers: int) -> list[dict[int, int]]:
         reaches: list[dict[int, int]] = [{} for _ in range(num_tiers)]
+        ahead = self._ahead.pop(id(ids), None)
         # Most prompts that nobody knows end here.
-        if not len(ids) or not self._knows(int(ids[0])):
+        if ahead is None and (not len(ids) or not self._knows(int(ids[0]))):
             return reaches
         prompt = np.asarray(ids, np.uint64)
-        walk = _Walk(self._table, self._old, self._stash, prompt)
+        if ahead is None:
+            found, is_complete = self._table.find_all(prompt)
+        else:
+            _, found, is_complete = ahead
+        walk = Walk((self._table, found), is_complete, self._old, self._stash, prompt)
         if not walk.length:
             return reaches
         for word, live in enumerate(self._live):
@@ -196,7 +217,7 @@ class PrefixIndex:
                     more = walk.masks(planes[word])
                     masks = more if masks is None else masks | more
                 if masks is not None:
-                    _count(masks, live, 64 * word, reach)
+                    count_leading(masks, live, 64 * word, reach)
         return reaches
 
     def _place_of(self, slot: int, tier: int) -> tuple[int, int]:
@@ -382,62 +403,3 @@ class PrefixIndex:
             for plane, live in zip(planes, self._live, strict=False):
                 kept[plane] = live
         return kept
-
-
-class _Walk:
-    """A prompt's ids found, up to the first that nobody is known to hold."""
-
-    __slots__ = ("_found", "_old_found", "_stashed", "length")
-
-    def __init__(
-        self, table: BlockTable, old: BlockTable | None, stash: dict[int, int], ids: Ids
-    ) -> None:
-        found, is_complete = table.find_all(ids)
-        self._found = (table, found)
-        self._old_found: tuple[BlockTable, Positions] | None = None
-        self.length = len(ids)
-        self._stashed: list[tuple[int, int]] = []
-        if is_complete:
-            return
-        missing = found < 0
-        if old is not None:
-            self._old_found = (old, old.find_all(ids)[0])
-            missing &= self._old_found[1] < 0
-        for at in missing.nonzero()[0].tolist():
-            masks = stash.get(int(ids[at]), 0)
-            if not masks:
-                self.length = at
-                break
-            self._stashed.append((at, masks))
-
-    def masks(self, plane: int) -> Ids:
-        """The plane's bits for each id."""
-        table, found = self._found
-        masks: Ids = table.planes[plane].take(found[: self.length])
-        if self._old_found is not None:
-            table, found = self._old_found
-            masks |= table.planes[plane].take(found[: self.length])
-        for at, stashed in self._stashed:
-            masks[at] |= np.uint64((stashed >> (64 * plane)) & _WORD)
-        return masks
-
-
-def _count(masks: Ids, live: int, first_slot: int, counts: dict[int, int]) -> None:
-    """Into `counts`: for each live bit of masks[0], how many leading masks have it."""
-    alive = np.bitwise_and.accumulate(masks)
-    bits = int(alive[0]) & live
-    whole = int(alive[-1]) & live
-    if bits != whole:
-        # Each depth at which some are lost, the first first.
-        for last in (alive[1:] != alive[:-1]).nonzero()[0].tolist():
-            kept = int(alive[last + 1]) & live
-            _note(bits & ~kept, last + 1, first_slot, counts)
-            bits = kept
-    _note(whole, len(masks), first_slot, counts)
-
-
-def _note(bits: int, count: int, first_slot: int, counts: dict[int, int]) -> None:
-    while bits:
-        lowest = bits & -bits
-        counts[first_slot + lowest.bit_length() - 1] = count
-        bits ^= lowest

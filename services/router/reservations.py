@@ -12,10 +12,12 @@ leaks and none is negative. Pure: the clock is handed in.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from headrace.errors import ResourceExhausted
+from services.router.coming import Coming
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -41,6 +43,8 @@ class Reservation:
     prefill_tokens: int
     blocks: int
     sequences: int
+    #: Ids of the prompt's blocks that were not cached there (see `Coming`).
+    coming: Sequence[int] = ()
 
 
 @dataclass(slots=True)
@@ -86,6 +90,10 @@ class Reservations:
     """All requests in flight, by gateway."""
 
     def __init__(self) -> None:
+        #: What the prompts in flight will have computed where.
+        self.coming = Coming()
+        #: Called with each worker whose load has changed.
+        self.on_change: Callable[[WorkerKey], None] = lambda _: None
         self._followers: set[LoadChanges] = set()
         self._gateways: dict[str, _Gateway] = {}
         self._load: dict[WorkerKey, Reserved] = {}
@@ -115,17 +123,25 @@ class Reservations:
         Raises ResourceExhausted if that is too much.
         """
         known = self._gateways.pop(gateway_id, None)
-        for reservation in known.reservations.values() if known else ():
-            self._subtract(reservation)
+        before = known.reservations if known else {}
+        coming = {number: (old.worker, old.coming) for number, old in before.items()}
+        for old in before.values():
+            self._subtract(old)
         self._gateways[gateway_id] = _Gateway(connection)
         for request_id, reservation in announced:
+            worker, ids = coming.get(request_id, (None, ()))
+            if worker == reservation.worker:
+                # A gateway does not announce which blocks they were.
+                reservation.coming = ids
             self.reserve(gateway_id, request_id, reservation)
 
-    def lost(self, gateway_id: str, connection: object, now: float) -> None:
-        """The stream `connection` ended. One that another has replaced is of no concern."""
+    def lost(self, gateway_id: str, connection: object, now: float) -> bool:
+        """The stream `connection` ended. One that another has replaced is of no concern: False."""
         gateway = self._gateways.get(gateway_id)
-        if gateway is not None and gateway.connection is connection:
-            gateway.lost_at = now
+        if gateway is None or gateway.connection is not connection:
+            return False
+        gateway.lost_at = now
+        return True
 
     def expire(self, now: float) -> None:
         """Forget gateways lost for longer than the grace."""
@@ -156,6 +172,8 @@ class Reservations:
         load.blocks += reservation.blocks
         load.sequences += reservation.sequences
         load.reservations += 1
+        if reservation.coming and not self.coming.add(reservation.worker, reservation.coming):
+            reservation.coming = ()
         self._changed(reservation.worker)
 
     def prefill_done(self, gateway_id: str, request_id: int) -> None:
@@ -184,10 +202,14 @@ class Reservations:
                 self._subtract(gateway.reservations.pop(request_id))
 
     def _changed(self, worker: WorkerKey) -> None:
+        self.on_change(worker)
         for follower in self._followers:
             follower.add(worker)
 
     def _subtract(self, reservation: Reservation) -> None:
+        if reservation.coming:
+            self.coming.remove(reservation.worker, reservation.coming)
+            reservation.coming = ()
         self._changed(reservation.worker)
         load = self._load[reservation.worker]
         load.reservations -= 1

@@ -148,7 +148,16 @@ class _Watch:
 
 
 def _load(load: worker_pb2.WorkerLoad) -> ReportedLoad:
-    totals = Totals(load.prefill_tokens, load.prefill_ms, load.decode_steps, load.decode_ms)
+    totals = Totals(
+        step_ms=load.step_ms,
+        prefill_steps=load.prefill_steps,
+        prefill_tokens=load.prefill_tokens,
+        prefill_squares=load.prefill_squares,
+        prefill_context=load.prefill_context,
+        decode_steps=load.decode_steps,
+        decode_sequences=load.decode_sequences,
+        decode_context=load.decode_context,
+    )
     return ReportedLoad(
         active_sequences=load.active_sequences,
         queued_sequences=load.queued_sequences,

@@ -12,6 +12,9 @@ POLICIES = {
     "kv": "services.router.policies.kv:Kv",
     "round_robin": "services.router.policies.round_robin:RoundRobin",
     "least_loaded": "services.router.policies.least_loaded:LeastLoaded",
+    "power_of_two": "services.router.policies.power_of_two:PowerOfTwo",
+    "prefix_hash": "services.router.policies.prefix_hash:PrefixHash",
+    "session": "services.router.policies.session:Session",
 }
 
 

@@ -52,6 +52,8 @@ class Load(NamedTuple):
     total_blocks: int = 0
     #: Sequences that one step runs at most; 0: unknown.
     max_sequences: int = 0
+    #: Tokens in a block; 0: unknown.
+    block_size: int = 0
 
 
 _IDLE = Load()
@@ -74,14 +76,28 @@ class Candidate(NamedTuple):
     #: there before will have computed once the queue ahead is done.
     coming_tokens: int = 0
 
+    def ttft_parts(self, num_tokens: int) -> tuple[float, float, float, float]:
+        """What the predicted time to first token of a prompt consists of, in ms.
+
+        The queue ahead, each step of which also decodes what runs there; the blocks that
+        come from slower tiers; the prefill of the tokens that are not cached by then;
+        and, beside running sequences, the decode of the step that samples.
+        """
+        _, matched, load, timing, slower, transfer_ms, coming = self
+        cached = matched + slower
+        if coming > cached:
+            cached, transfer_ms = coming, 0.0
+        step_ms = queue_ms = 0.0
+        if load.sequences:
+            step_ms = timing.decode_ms(load.sequences, load.used_blocks * load.block_size)
+        if load.prefill_tokens:
+            queue_ms = timing.queue_ms(load.prefill_tokens, step_ms)
+        return queue_ms, transfer_ms, timing.prefill_ms(num_tokens - cached, cached), step_ms
+
     def predicted_ttft_ms(self, num_tokens: int) -> float:
-        """The queue ahead, the tokens that are not cached, and the step that samples."""
-        matched = self.matched_tokens
-        return (
-            self.timing.prefill_ms(self.load.prefill_tokens)
-            + self.timing.prefill_ms(num_tokens - matched, matched)
-            + self.timing.decode_step_ms
-        )
+        """The sum of `ttft_parts`."""
+        queue_ms, transfer_ms, prefill_ms, step_ms = self.ttft_parts(num_tokens)
+        return queue_ms + transfer_ms + prefill_ms + step_ms
 
 
 class Choice(NamedTuple):
@@ -89,6 +105,9 @@ class Choice(NamedTuple):
 
     candidate: Candidate
     predicted_ttft_ms: float
+    #: False: it is the best although it can't begin now. The request should wait at the
+    #: router for room there, and be decided anew when loads change.
+    has_room: bool = True
 
 
 class Policy(Protocol):
@@ -102,6 +121,15 @@ class Policy(Protocol):
         `candidates` are in a fixed order, that of their worker ids.
         """
 
+    def explain(
+        self, request: RoutingRequest, candidates: Sequence[Candidate]
+    ) -> list[dict[str, float]]:
+        """What stands behind the choice: for each candidate its parts by name, in ms.
+
+        Their sum is what decides between candidates; the smallest wins. A policy that
+        does not predict gives the parts of the predicted time to first token.
+        """
+
 
 def eligible(request: RoutingRequest, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
     """The candidates that the request does not exclude."""
@@ -113,3 +141,14 @@ def eligible(request: RoutingRequest, candidates: Sequence[Candidate]) -> Sequen
 def choice(request: RoutingRequest, candidate: Candidate) -> Choice:
     """The choice of `candidate`, with its prediction."""
     return Choice(candidate, candidate.predicted_ttft_ms(request.num_tokens))
+
+
+def explain_ttft(
+    request: RoutingRequest, candidates: Sequence[Candidate]
+) -> list[dict[str, float]]:
+    """`Policy.explain` of a policy that does not choose by prediction."""
+    names = ("queue", "transfer", "prefill", "step")
+    return [
+        dict(zip(names, candidate.ttft_parts(request.num_tokens), strict=True))
+        for candidate in candidates
+    ]

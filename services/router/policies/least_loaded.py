@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from services.router.policies.base import Candidate, Choice, RoutingRequest, choice, eligible
+from services.router.policies.base import (
+    Candidate,
+    Choice,
+    RoutingRequest,
+    choice,
+    eligible,
+    explain_ttft,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,3 +30,9 @@ class LeastLoaded:
         least = min((c.load.sequences, c.load.prefill_tokens) for c in pool)
         tied = [c for c in pool if (c.load.sequences, c.load.prefill_tokens) == least]
         return choice(request, tied[request.turn % len(tied)])
+
+    def explain(
+        self, request: RoutingRequest, candidates: Sequence[Candidate]
+    ) -> list[dict[str, float]]:
+        """See Policy."""
+        return explain_ttft(request, candidates)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from services.router.policies.base import Candidate, Choice, RoutingRequest, choice, eligible
+from services.router.policies.base import (
+    Candidate,
+    Choice,
+    RoutingRequest,
+    choice,
+    eligible,
+    explain_ttft,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,3 +28,9 @@ class RoundRobin:
         if not pool:
             return None
         return choice(request, pool[request.turn % len(pool)])
+
+    def explain(
+        self, request: RoutingRequest, candidates: Sequence[Candidate]
+    ) -> list[dict[str, float]]:
+        """See Policy."""
+        return explain_ttft(request, candidates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -95,6 +96,23 @@ class AgainstSets(RuleBasedStateMachine):
             if count:
                 expected[slot] = count
         return expected
+
+    @rule(prompts=st.lists(LISTS, min_size=1, max_size=4), changes=LISTS, data=st.data())
+    def look_ahead(self, prompts: list[list[int]], changes: list[int], data: st.DataObject) -> None:
+        """Answers are those without it, whatever happens between."""
+        arrays = [np.array(prompt, np.uint64) for prompt in prompts]
+        expected = [self.index.reaches(prompt) for prompt in prompts]
+        self.index.look_ahead(arrays)
+        assert [self.index.reaches(array) for array in arrays] == expected
+        slot = self.slot(data)
+        self.index.look_ahead(arrays)
+        if slot is not None:
+            self.index.add(slot, changes)
+            self.model[slot][0] |= {block for block in changes if block}
+        self.index.clean(8)
+        assert [self.index.reaches(array) for array in arrays] == [
+            self.index.reaches(prompt) for prompt in prompts
+        ]
 
     @invariant()
     def same_sets(self) -> None:
