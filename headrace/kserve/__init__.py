@@ -1,0 +1,1 @@
+"""Generated from protos/headrace/kserve: the Open Inference Protocol's messages."""
