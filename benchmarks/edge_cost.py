@@ -10,48 +10,32 @@ rates. Real services, real connections; only the model's arithmetic is simulated
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from harness.load import Load, Shape
+from harness.edge import (
+    MODEL,
+    NUM_CLIENTS,
+    NUM_WORKERS,
+    RATES,
+    SHAPE,
+    connect,
+    measure_once,
+    rounds,
+)
 from harness.mesh import Mesh
 from harness.profile import profile
 from harness.report import Spread, last_line, table, versions
 
-MODEL = "smollm2-135m"
-NUM_WORKERS = 2
-NUM_CLIENTS = 32
-SHAPE = Shape(model=MODEL, prompt_len=2200, num_tokens=128)
-#: Tokens per second, over all clients.
-RATES = (2000, 7000, 13000)
+if TYPE_CHECKING:
+    from harness.edge import Run
+
 KINDS = ("http", "grpc")
-EDGE = ("gateway", "tokenizer", "router")
 #: Prefill is not what is asked about: 500 tokens take 0.5 ms.
 PREFILL_MS_PER_TOKEN = 0.001
 FOLDER = Path(__file__).resolve().parents[1] / ".bench" / "edge_cost"
-
-
-@dataclass(frozen=True)
-class Run:
-    """One measurement."""
-
-    rate: float
-    tokens_per_event: float
-    #: Process CPU per token, in µs, by service.
-    cost: dict[str, float]
-
-    @property
-    def edge(self) -> float:
-        """All of the edge together."""
-        return sum(self.cost[name] for name in EDGE)
-
-    @property
-    def workers(self) -> float:
-        """All workers together, their engines included."""
-        return sum(cost for name, cost in self.cost.items() if name.startswith("worker"))
 
 
 def mesh_at(rate: int) -> Mesh:
@@ -70,31 +54,12 @@ def targets(mesh: Mesh) -> dict[str, str]:
     return {"http": mesh.http, "grpc": mesh.grpc}
 
 
-def rounds(rate: int, seconds: float) -> int:
-    """How many requests per client take about `seconds`."""
-    return max(1, math.ceil(seconds * rate / (NUM_CLIENTS * SHAPE.num_tokens)))
-
-
-def measure_once(mesh: Mesh, load: Load, num_rounds: int) -> Run:
-    """CPU before and after some rounds."""
-    before = mesh.cpu_s()
-    result = load.run(num_rounds)
-    after = mesh.cpu_s()
-    cost = {name: 1e6 * (after[name] - before[name]) / result.num_tokens for name in before}
-    return Run(result.num_tokens / result.wall_s, result.num_tokens / result.num_events, cost)
-
-
 def measure(rate: int, *, seconds: float, repeats: int) -> dict[str, list[Run]]:
     """HTTP and gRPC in turn, `repeats` times, on one mesh."""
     runs: dict[str, list[Run]] = {kind: [] for kind in KINDS}
     with ExitStack() as stack:
         mesh = stack.enter_context(mesh_at(rate))
-        loads = {
-            kind: stack.enter_context(
-                Load(kind, targets(mesh)[kind], SHAPE, num_clients=NUM_CLIENTS)
-            )
-            for kind in KINDS
-        }
+        loads = {kind: stack.enter_context(connect(kind, targets(mesh)[kind])) for kind in KINDS}
         for _ in range(repeats):
             for kind, load in loads.items():
                 runs[kind].append(measure_once(mesh, load, rounds(rate, seconds)))
@@ -153,7 +118,7 @@ def main() -> None:
         rate = RATES[1]
         with mesh_at(rate) as mesh:
             target = targets(mesh)[given.kind]
-            with Load(given.kind, target, SHAPE, num_clients=NUM_CLIENTS) as load:
+            with connect(given.kind, target) as load:
                 pid = mesh.processes["gateway"].pid
                 profile(pid, lambda: load.run(rounds(rate, 12)), FOLDER, seconds=10)
         return

@@ -22,10 +22,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from harness.huggingface import write_tokenizer
 from harness.report import Spread, last_line, table, versions
 from harness.texts import KINDS
 
-from headrace.models.gguf_file import GgufFile
 from headrace.models.store import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,12 +36,6 @@ DEFAULT = "smollm2-135m"
 VOCABULARIES = (DEFAULT, "qwen3", "llama3", "gpt4o")
 WORDPIECE = "minilm"
 FOLDER = ROOT / ".bench" / "tokenizer"
-#: SmolLM2's pre-tokenizer, as its tokenizer.json has it; the GGUF file only names it.
-_SMOLLM = [
-    {"type": "Digits", "individual_digits": True},
-    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-]
-_CONTROL, _USER_DEFINED = 3, 4
 
 
 def tokenizer_json(vocabulary: str) -> tuple[str, Path, Path]:
@@ -49,29 +43,7 @@ def tokenizer_json(vocabulary: str) -> tuple[str, Path, Path]:
     if vocabulary != DEFAULT:
         return "huggingface", folder(vocabulary), folder(vocabulary)
     files = resolve(DEFAULT)
-    metadata = GgufFile(files.path).metadata
-    tokens = metadata["tokenizer.ggml.tokens"]
-    types = metadata["tokenizer.ggml.token_type"]
-    content = {
-        "version": "1.0",
-        "added_tokens": [
-            {"id": at, "content": token, "special": kind == _CONTROL, "normalized": False}
-            | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
-            for at, (token, kind) in enumerate(zip(tokens, types, strict=True))
-            if kind in (_CONTROL, _USER_DEFINED)
-        ],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": _SMOLLM},
-        "decoder": _SMOLLM[1],
-        "model": {
-            "type": "BPE",
-            "vocab": {token: at for at, token in enumerate(tokens)},
-            "merges": metadata["tokenizer.ggml.merges"],
-        },
-    }
-    target = FOLDER / DEFAULT
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "tokenizer.json").write_text(json.dumps(content))
-    return files.format, files.path, target
+    return files.format, files.path, write_tokenizer(FOLDER / DEFAULT)
 
 
 def encode(side: str, form: str, path: Path, kind: str, lengths: list[float]) -> dict[str, Any]:

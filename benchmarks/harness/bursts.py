@@ -20,7 +20,7 @@ from headrace.registry import ModelCard, WorkerCard
 from services.gateway.peers.rendezvous import in_order
 from services.router.fleet import Fleet, ReportedLoad
 from services.router.latency_model import Totals
-from services.router.policies import RoutingRequest, load_policy
+from services.router.policies import load_policy
 from services.router.service import Router
 from services.router.servicer import EXCHANGE_S
 
@@ -131,12 +131,11 @@ class Bursts:
     def _arrive(self, prompt: list[int], num_steps: int) -> None:
         member = in_order(prompt[3], self._members)[0]
         router = member.router
-        request = RoutingRequest(
-            len(prompt) * BLOCK_SIZE + 5, num_steps, turn=router.turn(MODEL.name)
-        )
+        num_tokens = len(prompt) * BLOCK_SIZE + 5
+        request = router.request(MODEL.name, prompt, num_tokens, max_tokens=num_steps)
         decision = router.select(MODEL.name, prompt, request)
         call = next(self._ids)
-        router.reserve(_GATEWAY, call, decision, request)
+        router.reserve(_GATEWAY, call, decision, request, prompt)
         worker = int(decision.worker.key.worker_id[1:])
         self._matched.append(decision.matched_tokens / request.num_tokens)
         self._active[worker] += 1
@@ -162,10 +161,12 @@ class Bursts:
     def _work(self, worker: int, tokens: int, took: float, steps: int) -> None:
         was = self._totals[worker]
         self._totals[worker] = Totals(
-            was.prefill_tokens + tokens,
-            was.prefill_ms + took,
-            was.decode_steps + steps,
-            was.decode_ms + steps * STEP_MS,
+            step_ms=was.step_ms + took + steps * STEP_MS,
+            prefill_steps=was.prefill_steps + (tokens > 0),
+            prefill_tokens=was.prefill_tokens + tokens,
+            prefill_squares=was.prefill_squares + tokens * tokens,
+            decode_steps=was.decode_steps + steps,
+            decode_sequences=was.decode_sequences + steps,
         )
 
     def _publish(self, worker: int, prompt: list[int]) -> None:

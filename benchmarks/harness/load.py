@@ -198,7 +198,7 @@ async def _main(kind: str, target: str, num_clients: int, shape: Shape) -> None:
 async def _run(
     clients: list[HttpClient | GrpcClient], num_rounds: int, shape: Shape, source: random.Random
 ) -> Result:
-    prompts = [[_prompt(source, shape.prompt_len) for _ in range(num_rounds)] for _ in clients]
+    prompts = [[make_prompt(source, shape.prompt_len) for _ in range(num_rounds)] for _ in clients]
 
     async def stream_all(client: HttpClient | GrpcClient, mine: list[str]) -> int:
         num_events = 0
@@ -222,10 +222,13 @@ async def _run(
     )
 
 
-def _prompt(source: random.Random, length: int) -> str:
+def make_prompt(source: random.Random, length: int) -> str:
+    """Words at random, of so many characters together."""
     words: list[str] = []
-    while sum(map(len, words)) + len(words) < length:
+    made = 0
+    while made < length:
         words.append(source.choice(_WORDS))
+        made += len(words[-1]) + 1
     return " ".join(words)[:length]
 
 
