@@ -113,6 +113,10 @@ class WorkerCard(msgspec.Struct, frozen=True):
     adapters: tuple[str, ...] = ()
     tiers: tuple[str, ...] = (DEVICE_TIER,)
     lease_ttl_ms: int = LEASE_TTL_MS
+    #: Sequences that one step runs at most; 0: not said.
+    max_sequences: int = 0
+    #: By tier, what bringing one block of it to the device takes, in ms; empty: not said.
+    tier_ms_per_block: tuple[float, ...] = ()
 
 
 class Event(msgspec.Struct, frozen=True):

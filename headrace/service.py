@@ -47,10 +47,15 @@ def read_config(service: str, cls: type[T], description: str) -> T:
     try:
         return config.load(cls, service=service, argv=sys.argv[1:], description=description)
     except StartupError as error:
-        setup_logs(service)
-        status.report(f"{status.FAILED}: {error}")
-        log.error("%s", error)
-        raise SystemExit(EXIT_CONFIG) from error
+        raise SystemExit(refuse(service, str(error))) from error
+
+
+def refuse(service: str, reason: str) -> int:
+    """Say why a service can't start, where people and supervisors look. Returns EXIT_CONFIG."""
+    setup_logs(service)
+    status.report(f"{status.FAILED}: {reason}")
+    log.error("%s", reason)
+    return EXIT_CONFIG
 
 
 def run(service: str, instance: str, main: Callable[[asyncio.Event], Awaitable[None]]) -> int:

@@ -19,7 +19,9 @@ COMMANDS = {
     "down": "headrace.cli.down:down",
     "status": "headrace.cli.status:status",
     "chat": "headrace.cli.chat:chat",
+    "bench": "headrace.cli.bench:bench",
     "models": "headrace.cli.models:models",
+    "replay": "headrace.cli.replay:replay",
 }
 
 
@@ -53,7 +55,9 @@ def main() -> None:
     headrace up                       start a mesh with the default model
     headrace chat "Why is the sky blue?"
     headrace status                   is it well?
+    headrace bench --concurrency 1,8  how fast is it?
     headrace models list              what can it serve?
+    headrace replay TRACE             what would a larger fleet do?
 
     Each command's --help has examples.
     """

@@ -63,6 +63,12 @@ class RouterRow:
     matched_tokens: int
     #: Workers read anew, by the kind of cause.
     resyncs: dict[str, int]
+    #: Requests that wait now for a worker with room, and that had to since the start.
+    waiting: int
+    waits: int
+    #: Of these, refused: for a full queue, or for their time.
+    queue_refusals: int
+    queue_deadlines: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +207,10 @@ def _router(fleet: GetFleetResponse) -> RouterRow:
         prompt_tokens=counters.prompt_tokens,
         matched_tokens=counters.matched_tokens,
         resyncs=dict(sorted(counters.resyncs.items())),
+        waiting=sum(queue.waiting for queue in fleet.queues.values()),
+        waits=counters.waits,
+        queue_refusals=counters.queue_refusals,
+        queue_deadlines=counters.queue_deadlines,
     )
 
 
@@ -287,5 +297,10 @@ def _show_router(row: RouterRow) -> None:
         f"{hits:.0f} % of prompt tokens found; {row.blocks} blocks known "
         f"in {row.index_bytes / 1e6:.1f} MB; resyncs: {resyncs}"
     )
+    if row.waits:
+        click.echo(
+            f"queue    {row.waiting} wait for a worker with room, {row.waits} did in all; refused: "
+            f"{row.queue_refusals} for a full queue, {row.queue_deadlines} for their time"
+        )
     if row.redis_trouble:
         click.echo(f"redis    {row.redis_trouble}")

@@ -47,6 +47,13 @@ _REFRESH_S = 0.1
 )
 @click.option("--workers", default=1, show_default=True, metavar="N", help="Worker processes.")
 @click.option(
+    "--gateway-processes",
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Gateway processes, all on the same two ports.",
+)
+@click.option(
     "--http",
     default=DEFAULT_HTTP,
     show_default=True,
@@ -72,6 +79,7 @@ def up(
     model: str,
     engine: str,
     workers: int,
+    gateway_processes: int,
     http: str,
     grpc: str,
     redis: str,
@@ -97,7 +105,7 @@ def up(
 
     state.create()
     with state.lock() as lock:
-        config = prepare(MeshConfig(model, engine, workers, http, grpc, redis))
+        config = prepare(MeshConfig(model, engine, workers, http, grpc, redis, gateway_processes))
         state.clear()
         if detach:
             _detached(config, state, lock)

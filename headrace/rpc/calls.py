@@ -131,12 +131,16 @@ class CallClient(Generic[Request, Response, Call, Result]):
         """The codec has something to send."""
         self._wake.set()
 
-    async def call(self, call: Call, *, timeout_s: float) -> Result:
+    async def call(
+        self, call: Call, *, timeout_s: float, patience_s: float | None = None
+    ) -> Result:
         """Send `call` (its id from `next_id`) and wait for its answer.
 
-        Waits through reconnects. Raises the peer's error, DeadlineExceeded (or
-        Unavailable while disconnected) after `timeout_s`, ResourceExhausted when
-        too many calls wait. Cancelling it tells the peer.
+        Waits through reconnects. Raises the peer's error, ResourceExhausted when too
+        many calls wait, and after `timeout_s` DeadlineExceeded with a TimeoutError as
+        its cause (or Unavailable while disconnected). `patience_s` in all is what it
+        may take instead once the peer has said that it works on it (`be_patient`).
+        Cancelling it tells the peer.
         """
         if len(self._waiting) >= self._max_calls:
             raise ResourceExhausted(
@@ -145,19 +149,34 @@ class CallClient(Generic[Request, Response, Call, Result]):
         loop = asyncio.get_running_loop()
         call_id: int = cast("Any", call).id
         self._outbox.push(call_id, call)
-        waiting = _Waiting(call, loop.create_future())
+        waiting = _Waiting(call, loop.create_future(), timeout_s)
+        if patience_s is not None:
+            waiting.patient_until = loop.time() + patience_s
         self._waiting[call_id] = waiting
         self._wake.set()
-        timer = loop.call_later(timeout_s, self._time_out, call_id, timeout_s)
+        waiting.timer = loop.call_later(timeout_s, self._time_out, call_id, timeout_s)
         try:
             result: Result = await waiting.future
         except asyncio.CancelledError:
             self._withdraw(call_id)
             raise
         finally:
-            timer.cancel()
+            waiting.timer.cancel()
             self._waiting.pop(call_id, None)
         return result
+
+    def be_patient(self, call_id: int) -> None:
+        """The peer works on the call and will answer late: it has its `patience_s`.
+
+        Until the stream breaks: then it has its `timeout_s` again. Unknown ids are ignored.
+        """
+        waiting = self._waiting.get(call_id)
+        if waiting is not None and waiting.timer is not None and waiting.patient_until:
+            loop = asyncio.get_running_loop()
+            left_s = max(0.0, waiting.patient_until - loop.time())
+            waiting.timer.cancel()
+            waiting.timer = loop.call_at(waiting.patient_until, self._time_out, call_id, left_s)
+            waiting.is_patient = True
 
     def give_up(self) -> None:
         """Let every call in flight fail with Unavailable now, instead of sending it again."""
@@ -165,11 +184,12 @@ class CallClient(Generic[Request, Response, Call, Result]):
             self._fail(call_id, Unavailable(f"{self.peer} was lost", retry_after_ms=500))
 
     def _time_out(self, call_id: int, timeout_s: float) -> None:
-        error: HeadraceError = (
-            DeadlineExceeded(f"{self.peer} did not answer within {timeout_s:.1f} s")
-            if self.connected
-            else Unavailable(f"{self.peer} is not reachable", retry_after_ms=500)
-        )
+        error: HeadraceError
+        if self.connected:
+            error = DeadlineExceeded(f"{self.peer} did not answer within {timeout_s:.1f} s")
+            error.__cause__ = TimeoutError()
+        else:
+            error = Unavailable(f"{self.peer} is not reachable", retry_after_ms=500)
         self._withdraw(call_id)
         self._fail(call_id, error)
 
@@ -215,10 +235,21 @@ class CallClient(Generic[Request, Response, Call, Result]):
                 self._receive(cast("Response", response))
         finally:
             was_connected, self.connected = self.connected, False
+            self._be_impatient()
             if was_connected and self._on_lost is not None:
                 self._on_lost()
             await cancel_and_wait(writer)
             stream.cancel()
+
+    def _be_impatient(self) -> None:
+        """What the peer said of calls that it works on holds no longer than the stream."""
+        loop = asyncio.get_running_loop()
+        for call_id, waiting in self._waiting.items():
+            if waiting.is_patient and waiting.timer is not None:
+                waiting.is_patient = False
+                waiting.timer.cancel()
+                at = min(waiting.patient_until, loop.time() + waiting.timeout_s)
+                waiting.timer = loop.call_at(at, self._time_out, call_id, waiting.timeout_s)
 
     def _repeat_unanswered(self) -> None:
         self._outbox.clear()
@@ -266,12 +297,17 @@ class CallClient(Generic[Request, Response, Call, Result]):
 
 
 class _Waiting(Generic[Call, Result]):
-    __slots__ = ("call", "future", "sends")
+    __slots__ = ("call", "future", "is_patient", "patient_until", "sends", "timeout_s", "timer")
 
-    def __init__(self, call: Call, future: asyncio.Future[Result]) -> None:
+    def __init__(self, call: Call, future: asyncio.Future[Result], timeout_s: float) -> None:
         self.call = call
         self.future = future
+        self.timeout_s = timeout_s
+        self.timer: asyncio.TimerHandle | None = None
         self.sends = 0
+        #: Until when it may take if the peer works on it, on the loop's clock; 0: no longer.
+        self.patient_until = 0.0
+        self.is_patient = False
 
 
 class ServerCodec(ABC, Generic[Request, Response, Call, Result]):

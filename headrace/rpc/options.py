@@ -48,12 +48,3 @@ SERVER: Options = [
     ("grpc.http2.min_ping_interval_without_data_ms", 500),
     ("grpc.so_reuseport", 0),
 ]
-
-#: The public edge: clients ping as they like, within reason, and go at will.
-EDGE_SERVER: Options = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_LEN),
-    ("grpc.max_send_message_length", MAX_MESSAGE_LEN),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.so_reuseport", 0),
-]

@@ -31,6 +31,8 @@ def prepare(config: MeshConfig) -> MeshConfig:
     """
     if config.num_workers < 1:
         raise StartupError(f"--workers must be 1 or more, not {config.num_workers}")
+    if config.num_gateways < 1:
+        raise StartupError(f"--gateway-processes must be 1 or more, not {config.num_gateways}")
     files = resolve(config.model)
     http = ports.check_free(config.http, "--http")
     grpc = ports.check_free(config.grpc, "--grpc")
@@ -47,6 +49,7 @@ def prepare(config: MeshConfig) -> MeshConfig:
         http=http,
         grpc=grpc,
         redis=config.redis,
+        num_gateways=config.num_gateways,
     )
 
 

@@ -35,6 +35,7 @@ class MeshConfig(msgspec.Struct, frozen=True):
     http: str
     grpc: str
     redis: str = ""
+    num_gateways: int = 1
 
     @property
     def model_name(self) -> str:
@@ -46,13 +47,14 @@ class MeshConfig(msgspec.Struct, frozen=True):
 class ProcessSpec:
     """One process: where it will listen, how to ask whether it serves, what to run.
 
+    Asked by "status" it says so itself (headrace.status): several may share an address.
     `environment` is added to ours: what no list of processes should show.
     """
 
     name: str
     role: Role
     address: str
-    probe: Literal["grpc", "redis"]
+    probe: Literal["grpc", "redis", "status"]
     argv: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -89,13 +91,19 @@ def processes(
                 environment={"HEADRACE_WORKER_REDIS": redis},
             )
         )
-    specs.append(
-        _service(
-            *("gateway", local_address(config.grpc), "--http", config.http, "--grpc", config.grpc),
-            *("--tokenizer", tokenizer, "--router", router),
-        )
-    )
+    specs += _gateways(config, "--tokenizer", tokenizer, "--router", router)
     return specs
+
+
+def _gateways(config: MeshConfig, *peers: str) -> list[ProcessSpec]:
+    address = local_address(config.grpc)
+    flags = ("--http", config.http, "--grpc", config.grpc, *peers)
+    if config.num_gateways == 1:
+        return [_service("gateway", address, *flags)]
+    return [
+        _service("gateway", address, *flags, "--reuse-port", name=f"gateway-{i}", probe="status")
+        for i in range(config.num_gateways)
+    ]
 
 
 def valkey_binary() -> str:
@@ -135,10 +143,11 @@ def _service(
     *arguments: str,
     name: str = "",
     environment: Mapping[str, str] | None = None,
+    probe: Literal["grpc", "status"] = "grpc",
 ) -> ProcessSpec:
     # -P: no file of the current directory stands in for a module.
     argv = (sys.executable, "-P", "-m", f"services.{role}", *arguments)
-    return ProcessSpec(name or role, role, address, "grpc", argv, environment or {})
+    return ProcessSpec(name or role, role, address, probe, argv, environment or {})
 
 
 def local_address(address: str) -> str:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import grpc
 from grpc_health.v1 import health_pb2
 
+from headrace import status
 from headrace.config import split_address
 from headrace.rpc import options
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from pathlib import Path
 
     from headrace.supervisor.plan import ProcessSpec
 
@@ -22,8 +24,12 @@ _TIMEOUT_S = 2.0
 _MAX_REPLY_LEN = 512
 
 
-async def wait_serving(spec: ProcessSpec) -> None:
-    """Return once `spec`'s process serves. Cancel it when the process has died."""
+async def wait_serving(spec: ProcessSpec, status_path: Path) -> None:
+    """Return once `spec`'s process serves, or says so where it keeps its status. Cancel it
+    when the process has died."""
+    if spec.probe == "status":
+        await _until(lambda: _says_ready(status_path))
+        return
     if spec.probe == "redis":
         await _until(lambda: answers_redis(spec.address))
         return
@@ -52,6 +58,11 @@ async def answers_redis(address: str) -> bool:
         # TimeoutError is one.
         return False
     return reply.startswith((b"+PONG", b"-NOAUTH"))
+
+
+async def _says_ready(path: Path) -> bool:
+    said = status.read(path)
+    return said is not None and said.phase == status.READY
 
 
 async def _until(ask: Callable[[], Awaitable[bool]]) -> None:

@@ -51,6 +51,11 @@ class Child:
         """Where its output goes."""
         return self._state.log(self.spec.name)
 
+    @property
+    def status_path(self) -> Path:
+        """Where it says what it does."""
+        return self._state.status(self.spec.name)
+
     def start(self) -> None:
         """Start it. It must not be running."""
         status_file = self._state.status(self.spec.name)

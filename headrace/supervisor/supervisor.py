@@ -160,7 +160,7 @@ class Supervisor:
     async def _until_death(self, kept: _Kept) -> int:
         began = time.monotonic()
         death = asyncio.create_task(kept.child.wait())
-        serving = asyncio.create_task(probe.wait_serving(kept.child.spec))
+        serving = asyncio.create_task(probe.wait_serving(kept.child.spec, kept.child.status_path))
         try:
             await asyncio.wait((death, serving), return_when=asyncio.FIRST_COMPLETED)
             if serving.done() and not death.done():

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from headrace.v1 import types_pb2 as headrace_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bheadrace/v1/inference.proto\x12\x0bheadrace.v1\x1a\x17headrace/v1/types.proto\"\xdd\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x11.headrace.v1.ChatH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.headrace.v1.TokenIdsH\x00\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.headrace.v1.SamplingParams\x12\x0e\n\x01n\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\tB\x07\n\x05inputB\x04\n\x02_n\".\n\x04\x43hat\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.headrace.v1.Message\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x8e\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.headrace.v1.FinishReason\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.headrace.v1.Usage\x12,\n\x08logprobs\x18\x07 \x03(\x0b\x32\x1a.headrace.v1.TokenLogprobs\x12\x33\n\x0fprompt_logprobs\x18\x08 \x03(\x0b\x32\x1a.headrace.v1.TokenLogprobs\"b\n\rTokenLogprobs\x12)\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x19.headrace.v1.TokenLogprob\x12&\n\x03top\x18\x02 \x03(\x0b\x32\x19.headrace.v1.TokenLogprob\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\x13\n\x11ListModelsRequest\"<\n\x12ListModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.headrace.v1.ModelInfo\"F\n\tModelInfo\x12$\n\x04\x63\x61rd\x18\x01 \x01(\x0b\x32\x16.headrace.v1.ModelCard\x12\x13\n\x0bnum_workers\x18\x02 \x01(\r2\xac\x01\n\x10InferenceService\x12I\n\x08Generate\x12\x1c.headrace.v1.GenerateRequest\x1a\x1d.headrace.v1.GenerateResponse0\x01\x12M\n\nListModels\x12\x1e.headrace.v1.ListModelsRequest\x1a\x1f.headrace.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bheadrace/v1/inference.proto\x12\x0bheadrace.v1\x1a\x17headrace/v1/types.proto\"\xb2\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x11.headrace.v1.ChatH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.headrace.v1.TokenIdsH\x00\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.headrace.v1.SamplingParams\x12\x0e\n\x01n\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x11\n\tbad_words\x18\x08 \x03(\t\x12 \n\x13skip_special_tokens\x18\t \x01(\x08H\x02\x88\x01\x01\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\n \x01(\x08H\x03\x88\x01\x01\x12\x10\n\x08priority\x18\x0b \x01(\x11\x12\x0c\n\x04user\x18\x0c \x01(\t\x12\x12\n\nsession_id\x18\r \x01(\t\x12\x1a\n\x12return_token_texts\x18\x0e \x01(\x08\x42\x07\n\x05inputB\x04\n\x02_nB\x16\n\x14_skip_special_tokensB\x15\n\x13_add_special_tokens\"\xbc\x01\n\x04\x43hat\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.headrace.v1.Message\x12\x12\n\ntools_json\x18\x02 \x01(\t\x12\x1a\n\x12template_args_json\x18\x03 \x01(\t\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x05 \x01(\x08\x42\x18\n\x16_add_generation_prompt\">\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x14\n\x0cmessage_json\x18\x03 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x8e\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.headrace.v1.FinishReason\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.headrace.v1.Usage\x12,\n\x08logprobs\x18\x07 \x03(\x0b\x32\x1a.headrace.v1.TokenLogprobs\x12\x33\n\x0fprompt_logprobs\x18\x08 \x03(\x0b\x32\x1a.headrace.v1.TokenLogprobs\"b\n\rTokenLogprobs\x12)\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x19.headrace.v1.TokenLogprob\x12&\n\x03top\x18\x02 \x03(\x0b\x32\x19.headrace.v1.TokenLogprob\"?\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\x0c\"F\n\x14GenerateBatchRequest\x12.\n\x08requests\x18\x01 \x03(\x0b\x32\x1c.headrace.v1.GenerateRequest\"\x90\x01\n\x15GenerateBatchResponse\x12\x15\n\rrequest_index\x18\x01 \x01(\r\x12\x31\n\x08response\x18\x02 \x01(\x0b\x32\x1d.headrace.v1.GenerateResponseH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.headrace.v1.ErrorH\x00\x42\x08\n\x06result\"\x8e\x01\n\x0c\x45mbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\x06inputs\x18\x02 \x03(\x0b\x32\x17.headrace.v1.EmbedInput\x12\x17\n\ndimensions\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04user\x18\x04 \x01(\t\x12\x10\n\x08truncate\x18\x05 \x01(\x08\x42\r\n\x0b_dimensions\"Q\n\nEmbedInput\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.headrace.v1.TokenIdsH\x00\x42\x07\n\x05input\"^\n\rEmbedResponse\x12*\n\nembeddings\x18\x01 \x03(\x0b\x32\x16.headrace.v1.Embedding\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.headrace.v1.Usage\"\x1b\n\tEmbedding\x12\x0e\n\x06vector\x18\x01 \x01(\x0c\"\x13\n\x11ListModelsRequest\"<\n\x12ListModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.headrace.v1.ModelInfo\"F\n\tModelInfo\x12$\n\x04\x63\x61rd\x18\x01 \x01(\x0b\x32\x16.headrace.v1.ModelCard\x12\x13\n\x0bnum_workers\x18\x02 \x01(\r2\xc6\x02\n\x10InferenceService\x12I\n\x08Generate\x12\x1c.headrace.v1.GenerateRequest\x1a\x1d.headrace.v1.GenerateResponse0\x01\x12X\n\rGenerateBatch\x12!.headrace.v1.GenerateBatchRequest\x1a\".headrace.v1.GenerateBatchResponse0\x01\x12>\n\x05\x45mbed\x12\x19.headrace.v1.EmbedRequest\x1a\x1a.headrace.v1.EmbedResponse\x12M\n\nListModels\x12\x1e.headrace.v1.ListModelsRequest\x1a\x1f.headrace.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,25 +33,37 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'headrace.v1.inference_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=70
-  _globals['_GENERATEREQUEST']._serialized_end=291
-  _globals['_CHAT']._serialized_start=293
-  _globals['_CHAT']._serialized_end=339
-  _globals['_MESSAGE']._serialized_start=341
-  _globals['_MESSAGE']._serialized_end=381
-  _globals['_TOKENIDS']._serialized_start=383
-  _globals['_TOKENIDS']._serialized_end=406
-  _globals['_GENERATERESPONSE']._serialized_start=409
-  _globals['_GENERATERESPONSE']._serialized_end=679
-  _globals['_TOKENLOGPROBS']._serialized_start=681
-  _globals['_TOKENLOGPROBS']._serialized_end=779
-  _globals['_TOKENLOGPROB']._serialized_start=781
-  _globals['_TOKENLOGPROB']._serialized_end=830
-  _globals['_LISTMODELSREQUEST']._serialized_start=832
-  _globals['_LISTMODELSREQUEST']._serialized_end=851
-  _globals['_LISTMODELSRESPONSE']._serialized_start=853
-  _globals['_LISTMODELSRESPONSE']._serialized_end=913
-  _globals['_MODELINFO']._serialized_start=915
-  _globals['_MODELINFO']._serialized_end=985
-  _globals['_INFERENCESERVICE']._serialized_start=988
-  _globals['_INFERENCESERVICE']._serialized_end=1160
+  _globals['_GENERATEREQUEST']._serialized_end=504
+  _globals['_CHAT']._serialized_start=507
+  _globals['_CHAT']._serialized_end=695
+  _globals['_MESSAGE']._serialized_start=697
+  _globals['_MESSAGE']._serialized_end=759
+  _globals['_TOKENIDS']._serialized_start=761
+  _globals['_TOKENIDS']._serialized_end=784
+  _globals['_GENERATERESPONSE']._serialized_start=787
+  _globals['_GENERATERESPONSE']._serialized_end=1057
+  _globals['_TOKENLOGPROBS']._serialized_start=1059
+  _globals['_TOKENLOGPROBS']._serialized_end=1157
+  _globals['_TOKENLOGPROB']._serialized_start=1159
+  _globals['_TOKENLOGPROB']._serialized_end=1222
+  _globals['_GENERATEBATCHREQUEST']._serialized_start=1224
+  _globals['_GENERATEBATCHREQUEST']._serialized_end=1294
+  _globals['_GENERATEBATCHRESPONSE']._serialized_start=1297
+  _globals['_GENERATEBATCHRESPONSE']._serialized_end=1441
+  _globals['_EMBEDREQUEST']._serialized_start=1444
+  _globals['_EMBEDREQUEST']._serialized_end=1586
+  _globals['_EMBEDINPUT']._serialized_start=1588
+  _globals['_EMBEDINPUT']._serialized_end=1669
+  _globals['_EMBEDRESPONSE']._serialized_start=1671
+  _globals['_EMBEDRESPONSE']._serialized_end=1765
+  _globals['_EMBEDDING']._serialized_start=1767
+  _globals['_EMBEDDING']._serialized_end=1794
+  _globals['_LISTMODELSREQUEST']._serialized_start=1796
+  _globals['_LISTMODELSREQUEST']._serialized_end=1815
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1817
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1877
+  _globals['_MODELINFO']._serialized_start=1879
+  _globals['_MODELINFO']._serialized_end=1949
+  _globals['_INFERENCESERVICE']._serialized_start=1952
+  _globals['_INFERENCESERVICE']._serialized_end=2278
 # @@protoc_insertion_point(module_scope)

@@ -39,6 +39,16 @@ class InferenceServiceStub:
                 request_serializer=headrace_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=headrace_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.GenerateBatch = channel.unary_stream(
+                '/headrace.v1.InferenceService/GenerateBatch',
+                request_serializer=headrace_dot_v1_dot_inference__pb2.GenerateBatchRequest.SerializeToString,
+                response_deserializer=headrace_dot_v1_dot_inference__pb2.GenerateBatchResponse.FromString,
+                _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/headrace.v1.InferenceService/Embed',
+                request_serializer=headrace_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=headrace_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/headrace.v1.InferenceService/ListModels',
                 request_serializer=headrace_dot_v1_dot_inference__pb2.ListModelsRequest.SerializeToString,
@@ -50,7 +60,23 @@ class InferenceServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Text or chat in, a stream of text and tokens out. Cancel by ending the call.
+        """Text, chat or tokens in, a stream of text and tokens out. Cancel by ending
+        the call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateBatch(self, request, context):
+        """Many requests, one stream of their results. A request that fails ends with
+        its error; the others go on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """A vector for each input.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -69,6 +95,16 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=headrace_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=headrace_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'GenerateBatch': grpc.unary_stream_rpc_method_handler(
+                    servicer.GenerateBatch,
+                    request_deserializer=headrace_dot_v1_dot_inference__pb2.GenerateBatchRequest.FromString,
+                    response_serializer=headrace_dot_v1_dot_inference__pb2.GenerateBatchResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=headrace_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=headrace_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -103,6 +139,60 @@ class InferenceService:
             '/headrace.v1.InferenceService/Generate',
             headrace_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
             headrace_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/headrace.v1.InferenceService/GenerateBatch',
+            headrace_dot_v1_dot_inference__pb2.GenerateBatchRequest.SerializeToString,
+            headrace_dot_v1_dot_inference__pb2.GenerateBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headrace.v1.InferenceService/Embed',
+            headrace_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            headrace_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -237,6 +237,7 @@ class RouteResponse(_message.Message):
 
     RESULTS_FIELD_NUMBER: _builtins.int
     FLEET_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouteResult]: ...
     @_builtins.property
@@ -245,15 +246,22 @@ class RouteResponse(_message.Message):
         while no router answers.
         """
 
+    @_builtins.property
+    def waiting(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Calls that wait since every worker is busy: their results come later, at the
+        latest when their timeout_ms is over. The router is well; ask no other.
+        """
+
     def __init__(
         self,
         *,
         results: _abc.Iterable[Global___RouteResult] | None = ...,
         fleet: Global___Fleet | None = ...,
+        waiting: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fleet", b"fleet"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fleet", b"fleet", "results", b"results"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fleet", b"fleet", "results", b"results", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -599,6 +607,7 @@ class ExplainResponse(_message.Message):
 
     WORKERS_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
+    QUEUE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExplainedWorker]:
         """In the order of their ids: all members of the model, chosen or not."""
@@ -607,23 +616,81 @@ class ExplainResponse(_message.Message):
     def plan(self) -> Global___Plan:
         """Absent when nobody can be chosen."""
 
+    @_builtins.property
+    def queue(self) -> Global___QueueState:
+        """Who waits for the model now."""
+
     def __init__(
         self,
         *,
         workers: _abc.Iterable[Global___ExplainedWorker] | None = ...,
         plan: Global___Plan | None = ...,
+        queue: Global___QueueState | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "queue", b"queue"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "queue", b"queue", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
 
 @_typing.final
+class QueueState(_message.Message):
+    """The requests that wait because every worker of their model is busy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WAITING_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    PLACED_PER_S_FIELD_NUMBER: _builtins.int
+    WAIT_MS_FIELD_NUMBER: _builtins.int
+    waiting: _builtins.int
+    limit: _builtins.int
+    """Of all models together."""
+    placed_per_s: _builtins.float
+    """Requests placed from it per second lately; 0: not known."""
+    wait_ms: _builtins.float
+    """Until the turn of one that came now, as asked about; 0: not known, or nobody waits."""
+    def __init__(
+        self,
+        *,
+        waiting: _builtins.int = ...,
+        limit: _builtins.int = ...,
+        placed_per_s: _builtins.float = ...,
+        wait_ms: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "placed_per_s", b"placed_per_s", "wait_ms", b"wait_ms", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueueState: _TypeAlias = QueueState  # noqa: Y015
+
+@_typing.final
 class ExplainedWorker(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class PartsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     WORKER_FIELD_NUMBER: _builtins.int
     ELIGIBLE_FIELD_NUMBER: _builtins.int
@@ -634,6 +701,14 @@ class ExplainedWorker(_message.Message):
     PREFILL_MS_PER_TOKEN_FIELD_NUMBER: _builtins.int
     DECODE_STEP_MS_FIELD_NUMBER: _builtins.int
     PREDICTED_TTFT_MS_FIELD_NUMBER: _builtins.int
+    USED_BLOCKS_FIELD_NUMBER: _builtins.int
+    TOTAL_BLOCKS_FIELD_NUMBER: _builtins.int
+    MAX_SEQUENCES_FIELD_NUMBER: _builtins.int
+    SATURATED_FIELD_NUMBER: _builtins.int
+    SLOWER_TOKENS_FIELD_NUMBER: _builtins.int
+    TRANSFER_MS_FIELD_NUMBER: _builtins.int
+    COMING_TOKENS_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     eligible: _builtins.bool
     """Reachable and not draining."""
     matched_tokens: _builtins.int
@@ -643,6 +718,18 @@ class ExplainedWorker(_message.Message):
     prefill_ms_per_token: _builtins.float
     decode_step_ms: _builtins.float
     predicted_ttft_ms: _builtins.float
+    used_blocks: _builtins.int
+    """Blocks that its sequences hold or will soon hold, and all there are; 0: unknown."""
+    total_blocks: _builtins.int
+    max_sequences: _builtins.int
+    """Sequences that one step runs at most; 0: unknown."""
+    saturated: _builtins.bool
+    """While every eligible worker is, requests wait."""
+    slower_tokens: _builtins.int
+    """Tokens after the matched ones in slower tiers, and what bringing them takes."""
+    transfer_ms: _builtins.float
+    coming_tokens: _builtins.int
+    """Leading tokens that are cached there or will be by what was sent there before."""
     @_builtins.property
     def worker(self) -> _types_pb2.WorkerRef: ...
     @_builtins.property
@@ -650,6 +737,10 @@ class ExplainedWorker(_message.Message):
         """Leading blocks of the prompt that it holds, by tier, each tier's count
         including those faster than it.
         """
+
+    @_builtins.property
+    def parts(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """What the policy counts, in ms by name; their sum decides, the smallest wins."""
 
     def __init__(
         self,
@@ -663,10 +754,18 @@ class ExplainedWorker(_message.Message):
         prefill_ms_per_token: _builtins.float = ...,
         decode_step_ms: _builtins.float = ...,
         predicted_ttft_ms: _builtins.float = ...,
+        used_blocks: _builtins.int = ...,
+        total_blocks: _builtins.int = ...,
+        max_sequences: _builtins.int = ...,
+        saturated: _builtins.bool = ...,
+        slower_tokens: _builtins.int = ...,
+        transfer_ms: _builtins.float = ...,
+        coming_tokens: _builtins.int = ...,
+        parts: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_step_ms", b"decode_step_ms", "eligible", b"eligible", "leading", b"leading", "matched_tokens", b"matched_tokens", "predicted_ttft_ms", b"predicted_ttft_ms", "prefill_ms_per_token", b"prefill_ms_per_token", "prefill_tokens", b"prefill_tokens", "sequences", b"sequences", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coming_tokens", b"coming_tokens", "decode_step_ms", b"decode_step_ms", "eligible", b"eligible", "leading", b"leading", "matched_tokens", b"matched_tokens", "max_sequences", b"max_sequences", "parts", b"parts", "predicted_ttft_ms", b"predicted_ttft_ms", "prefill_ms_per_token", b"prefill_ms_per_token", "prefill_tokens", b"prefill_tokens", "saturated", b"saturated", "sequences", b"sequences", "slower_tokens", b"slower_tokens", "total_blocks", b"total_blocks", "transfer_ms", b"transfer_ms", "used_blocks", b"used_blocks", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -713,6 +812,27 @@ Global___GetFleetRequest: _TypeAlias = GetFleetRequest  # noqa: Y015
 class GetFleetResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class QueuesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___QueueState: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___QueueState | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     MODELS_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     REDIS_CONNECTED_FIELD_NUMBER: _builtins.int
@@ -721,6 +841,7 @@ class GetFleetResponse(_message.Message):
     INDEX_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
     REDIS_TROUBLE_FIELD_NUMBER: _builtins.int
+    QUEUES_FIELD_NUMBER: _builtins.int
     policy: _builtins.str
     redis_connected: _builtins.bool
     router_id: _builtins.str
@@ -736,6 +857,10 @@ class GetFleetResponse(_message.Message):
     def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouterPeerState]:
         """Routers whose loads this one counts in."""
 
+    @_builtins.property
+    def queues(self) -> _containers.MessageMap[_builtins.str, Global___QueueState]:
+        """Who waits, by model; models without a line are not named."""
+
     def __init__(
         self,
         *,
@@ -747,10 +872,11 @@ class GetFleetResponse(_message.Message):
         index: Global___PrefixIndexState | None = ...,
         peers: _abc.Iterable[Global___RouterPeerState] | None = ...,
         redis_trouble: _builtins.str = ...,
+        queues: _abc.Mapping[_builtins.str, Global___QueueState] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "index", b"index"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "index", b"index", "models", b"models", "peers", b"peers", "policy", b"policy", "redis_connected", b"redis_connected", "redis_trouble", b"redis_trouble", "router_id", b"router_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "index", b"index", "models", b"models", "peers", b"peers", "policy", b"policy", "queues", b"queues", "redis_connected", b"redis_connected", "redis_trouble", b"redis_trouble", "router_id", b"router_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -782,6 +908,26 @@ class RouterCounters(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class DecisionsByPolicyEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     DECISIONS_FIELD_NUMBER: _builtins.int
     REFUSED_DECISIONS_FIELD_NUMBER: _builtins.int
     ZERO_MATCHES_FIELD_NUMBER: _builtins.int
@@ -791,6 +937,11 @@ class RouterCounters(_message.Message):
     RESYNCS_FIELD_NUMBER: _builtins.int
     REFUSALS_FIELD_NUMBER: _builtins.int
     OUTAGES_FIELD_NUMBER: _builtins.int
+    DECISIONS_BY_POLICY_FIELD_NUMBER: _builtins.int
+    WAITS_FIELD_NUMBER: _builtins.int
+    QUEUE_REFUSALS_FIELD_NUMBER: _builtins.int
+    QUEUE_DEADLINES_FIELD_NUMBER: _builtins.int
+    QUEUE_CANCELS_FIELD_NUMBER: _builtins.int
     decisions: _builtins.int
     refused_decisions: _builtins.int
     zero_matches: _builtins.int
@@ -801,10 +952,20 @@ class RouterCounters(_message.Message):
     refusals: _builtins.int
     outages: _builtins.int
     """Workers found not to answer."""
+    waits: _builtins.int
+    """Requests that had to wait, all workers being busy."""
+    queue_refusals: _builtins.int
+    """Refused since too many waited already."""
+    queue_deadlines: _builtins.int
+    """Refused since their time was over, or would have been before their turn."""
+    queue_cancels: _builtins.int
+    """Cancelled while they waited."""
     @_builtins.property
     def resyncs(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Workers read anew, by the kind of cause."""
 
+    @_builtins.property
+    def decisions_by_policy(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
     def __init__(
         self,
         *,
@@ -817,10 +978,15 @@ class RouterCounters(_message.Message):
         resyncs: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         refusals: _builtins.int = ...,
         outages: _builtins.int = ...,
+        decisions_by_policy: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        waits: _builtins.int = ...,
+        queue_refusals: _builtins.int = ...,
+        queue_deadlines: _builtins.int = ...,
+        queue_cancels: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decisions", b"decisions", "events", b"events", "matched_tokens", b"matched_tokens", "outages", b"outages", "prompt_tokens", b"prompt_tokens", "refusals", b"refusals", "refused_decisions", b"refused_decisions", "resyncs", b"resyncs", "zero_matches", b"zero_matches"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decisions", b"decisions", "decisions_by_policy", b"decisions_by_policy", "events", b"events", "matched_tokens", b"matched_tokens", "outages", b"outages", "prompt_tokens", b"prompt_tokens", "queue_cancels", b"queue_cancels", "queue_deadlines", b"queue_deadlines", "queue_refusals", b"queue_refusals", "refusals", b"refusals", "refused_decisions", b"refused_decisions", "resyncs", b"resyncs", "waits", b"waits", "zero_matches", b"zero_matches"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -645,6 +645,7 @@ class TokenizerInfo(_message.Message):
     TRUNCATION_SIDE_FIELD_NUMBER: _builtins.int
     PADDING_SIDE_FIELD_NUMBER: _builtins.int
     PAD_TOKEN_ID_FIELD_NUMBER: _builtins.int
+    CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     tokenizer_digest: _builtins.str
     vocab_size: _builtins.int
@@ -654,6 +655,10 @@ class TokenizerInfo(_message.Message):
     padding_side: _builtins.str
     pad_token_id: _builtins.int
     """The token that pads; absent if there is none."""
+    chat_template: _builtins.str
+    """The source of the chat template, that for tools if the model has two: from it
+    a gateway knows in which form the model calls tools. Empty: none.
+    """
     def __init__(
         self,
         *,
@@ -664,10 +669,11 @@ class TokenizerInfo(_message.Message):
         truncation_side: _builtins.str = ...,
         padding_side: _builtins.str = ...,
         pad_token_id: _builtins.int | None = ...,
+        chat_template: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_pad_token_id", b"_pad_token_id", "pad_token_id", b"pad_token_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pad_token_id", b"_pad_token_id", "has_chat_template", b"has_chat_template", "model", b"model", "pad_token_id", b"pad_token_id", "padding_side", b"padding_side", "tokenizer_digest", b"tokenizer_digest", "truncation_side", b"truncation_side", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pad_token_id", b"_pad_token_id", "chat_template", b"chat_template", "has_chat_template", b"has_chat_template", "model", b"model", "pad_token_id", b"pad_token_id", "padding_side", b"padding_side", "tokenizer_digest", b"tokenizer_digest", "truncation_side", b"truncation_side", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__pad_token_id: _TypeAlias = _typing.Literal["pad_token_id"]  # noqa: Y015
     _WhichOneofArgType__pad_token_id: _TypeAlias = _typing.Literal["_pad_token_id", b"_pad_token_id"]  # noqa: Y015

@@ -423,10 +423,14 @@ class WorkerLoad(_message.Message):
     QUEUED_PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
     USED_BLOCKS_FIELD_NUMBER: _builtins.int
     TOTAL_BLOCKS_FIELD_NUMBER: _builtins.int
+    PREFILL_STEPS_FIELD_NUMBER: _builtins.int
     PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
-    PREFILL_MS_FIELD_NUMBER: _builtins.int
+    PREFILL_SQUARES_FIELD_NUMBER: _builtins.int
+    PREFILL_CONTEXT_FIELD_NUMBER: _builtins.int
     DECODE_STEPS_FIELD_NUMBER: _builtins.int
-    DECODE_MS_FIELD_NUMBER: _builtins.int
+    DECODE_SEQUENCES_FIELD_NUMBER: _builtins.int
+    DECODE_CONTEXT_FIELD_NUMBER: _builtins.int
+    STEP_MS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     active_sequences: _builtins.int
     queued_sequences: _builtins.int
@@ -434,14 +438,21 @@ class WorkerLoad(_message.Message):
     """Prompt tokens of queued and running sequences not yet computed."""
     used_blocks: _builtins.int
     total_blocks: _builtins.int
-    prefill_tokens: _builtins.int
-    """Totals since the start, from which a reader takes differences: what steps
-    that only prefilled took, and how much they computed; likewise for steps
-    that only decoded.
+    prefill_steps: _builtins.int
+    """Totals since the start, from which a reader takes differences. A step computes
+    chunks of prompts, n new tokens after m that are in the cache, and one token for
+    each of k sequences, whose attention reads K tokens of KV. Steps that compute
+    prompts, and the sums of n, n^2 and n*m over their chunks:
     """
-    prefill_ms: _builtins.float
+    prefill_tokens: _builtins.int
+    prefill_squares: _builtins.int
+    prefill_context: _builtins.int
     decode_steps: _builtins.int
-    decode_ms: _builtins.float
+    """Steps that decode (a step may be both), and the sums of k and K over them."""
+    decode_sequences: _builtins.int
+    decode_context: _builtins.int
+    step_ms: _builtins.float
+    """What all steps took."""
     draining: _builtins.bool
     def __init__(
         self,
@@ -451,15 +462,19 @@ class WorkerLoad(_message.Message):
         queued_prefill_tokens: _builtins.int = ...,
         used_blocks: _builtins.int = ...,
         total_blocks: _builtins.int = ...,
+        prefill_steps: _builtins.int = ...,
         prefill_tokens: _builtins.int = ...,
-        prefill_ms: _builtins.float = ...,
+        prefill_squares: _builtins.int = ...,
+        prefill_context: _builtins.int = ...,
         decode_steps: _builtins.int = ...,
-        decode_ms: _builtins.float = ...,
+        decode_sequences: _builtins.int = ...,
+        decode_context: _builtins.int = ...,
+        step_ms: _builtins.float = ...,
         draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_sequences", b"active_sequences", "decode_ms", b"decode_ms", "decode_steps", b"decode_steps", "draining", b"draining", "prefill_ms", b"prefill_ms", "prefill_tokens", b"prefill_tokens", "queued_prefill_tokens", b"queued_prefill_tokens", "queued_sequences", b"queued_sequences", "total_blocks", b"total_blocks", "used_blocks", b"used_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_sequences", b"active_sequences", "decode_context", b"decode_context", "decode_sequences", b"decode_sequences", "decode_steps", b"decode_steps", "draining", b"draining", "prefill_context", b"prefill_context", "prefill_squares", b"prefill_squares", "prefill_steps", b"prefill_steps", "prefill_tokens", b"prefill_tokens", "queued_prefill_tokens", b"queued_prefill_tokens", "queued_sequences", b"queued_sequences", "step_ms", b"step_ms", "total_blocks", b"total_blocks", "used_blocks", b"used_blocks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -99,6 +99,13 @@ class DetokenizerTable:
                 self._with_special[at] = piece
         return self._with_special
 
+    def spelled(self, token_id: int) -> bytes:
+        """See generation.Vocabulary."""
+        if token_id >= len(self.pieces):
+            return b""
+        piece = self._special.get(token_id) or self.pieces[token_id]
+        return piece.encode() if isinstance(piece, str) else piece
+
     def first_piece(self, token_id: int, piece: Piece) -> Piece:
         """How a token that is `piece` elsewhere reads at the start of a text."""
         piece = self._first.get(token_id, piece)

@@ -15,6 +15,7 @@ from headrace.params import SamplingParams
 if TYPE_CHECKING:
     from headrace.errors import HeadraceError
     from headrace.telemetry import Span
+    from services.gateway.parsers import AnswerFormat
 
 EndReason = Literal["stop", "length"]
 
@@ -25,6 +26,17 @@ class ChatMessage:
 
     role: str
     content: str
+    #: The whole message as a JSON object, for one with more than role and content (tool
+    #: calls, a name, reasoning); the template then sees this, and nothing of the other two.
+    message_json: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFormat:
+    """What generated text must be: JSON, or JSON that fits `schema_json`."""
+
+    kind: Literal["json_object", "json_schema"]
+    schema_json: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +56,24 @@ class GenerationRequest:
     tenant: str = ""
     priority: int = 0
     session_id: str = ""
+    #: JSON array of tool definitions, as the template's `tools`; empty: none.
+    tools_json: str = ""
+    #: JSON object of further template variables; empty: none.
+    template_args_json: str = ""
+    #: Whether the template opens the answer's turn.
+    add_generation_prompt: bool = True
+    #: Whether the last message is left open, for the answer to go on with it.
+    continue_final_message: bool = False
+    #: How the answer to a chat begins, whatever the model would say; not part of its text.
+    answer_prefix: str = ""
+    #: Whether a plain prompt gets the special tokens that the model puts around text.
+    add_special_tokens: bool = True
+    #: Whether special tokens are left out of the text.
+    skip_special_tokens: bool = True
+    #: Words that must not be generated, wherever they stand.
+    bad_words: tuple[str, ...] = ()
+    #: None: free text.
+    output_format: OutputFormat | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +113,23 @@ class Sink(Protocol):
         """The request failed, at any time."""
 
 
+class Vocabulary(Protocol):
+    """The tokens of a model's tokenizer."""
+
+    def spelled(self, token_id: int) -> bytes:
+        """The token's bytes, a special token's as it is written; empty if there is none."""
+
+
 class Generation(Protocol):
     """A request on its way."""
+
+    @property
+    def prompt_ids(self) -> bytes:
+        """The prompt's tokens, u32 little-endian."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Of the model that works on it."""
 
     def cancel(self) -> None:
         """Stop it: the engine stops within one step, and the sink hears nothing more.
@@ -118,6 +163,12 @@ class Pipeline(Protocol):
 
     def models(self) -> list[ServedModel]:
         """What is served now."""
+
+    def answer_format(self, model: str) -> AnswerFormat:
+        """How `model` writes tool calls and reasoning. Raises NotFound or Unavailable."""
+
+    def check_serves(self, model: str, modality: str) -> None:
+        """Raises NotFound, Unavailable, or InvalidArgument if the model is of another kind."""
 
     def is_ready(self) -> bool:
         """Whether a request could be served now."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 #: modality -> function(Handlers) -> its routes.
 MODALITIES = {
     "text": "services.gateway.http.handlers:text_routes",
+    "embedding": "services.gateway.http.handlers:embedding_routes",
 }
 
 

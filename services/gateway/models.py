@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from headrace.blocks import namespace_key
@@ -17,6 +17,7 @@ from headrace.errors import HeadraceError, NotFound, Unavailable
 from headrace.registry import ModelCard
 from services.gateway.detokenizer import DetokenizerTable
 from services.gateway.generation import ServedModel
+from services.gateway.parsers import AnswerFormat, check_told, detect
 
 if TYPE_CHECKING:
     from services.gateway.fleet import FleetModel
@@ -36,13 +37,19 @@ class Model:
     card: ModelCard
     namespace_key: bytes
     table: DetokenizerTable
+    format: AnswerFormat = field(default_factory=AnswerFormat)
 
 
 class ModelTable:
     """The models of the last fleet, and their detokenizer tables. Run `maintain` beside it."""
 
-    def __init__(self, tokenizer: TokenizerPeer) -> None:
+    def __init__(self, tokenizer: TokenizerPeer, tool_parsers: tuple[str, ...] = ()) -> None:
+        """`tool_parsers`: see `parsers.detect`. Raises StartupError for one that is not there."""
+        check_told(tool_parsers)
         self._tokenizer = tokenizer
+        self._tool_parsers = tool_parsers
+        #: Chat templates by digest, beside the tables.
+        self._templates: dict[str, str] = {}
         self._fleet: dict[str, FleetModel] | None = None
         self._ever_served: set[str] = set()
         self._models: dict[str, Model] = {}
@@ -119,14 +126,15 @@ class ModelTable:
 
     async def _fetch(self, missing: list[ModelCard]) -> None:
         try:
-            digests = await self._tokenizer.digests()
+            loaded = await self._tokenizer.loaded()
             for card in missing:
-                actual = digests.get(card.name)
+                actual = loaded.get(card.name)
                 if actual is None:
                     continue
-                if actual != card.tokenizer_digest:
-                    self._refuse(card, actual)
+                if actual.digest != card.tokenizer_digest:
+                    self._refuse(card, actual.digest)
                     continue
+                self._templates[card.tokenizer_digest] = actual.chat_template
                 table = await self._tokenizer.table(card.name)
                 if table.tokenizer_digest == card.tokenizer_digest:
                     self._tables[card.tokenizer_digest] = table
@@ -149,7 +157,12 @@ class ModelTable:
 
     def _rebuild(self) -> None:
         self._models = {
-            name: Model(entry.card, namespace_key(entry.card.revision), table)
+            name: Model(
+                entry.card,
+                namespace_key(entry.card.revision),
+                table,
+                detect(name, self._templates[entry.card.tokenizer_digest], self._tool_parsers),
+            )
             for name, entry in (self._fleet or {}).items()
             if (table := self._tables.get(entry.card.tokenizer_digest)) is not None
         }
@@ -158,4 +171,5 @@ class ModelTable:
         in_use = {model.card.tokenizer_digest for model in self._models.values()}
         for digest in [d for d in self._tables if d not in in_use][: -_MAX_TABLES or None]:
             del self._tables[digest]
+            self._templates.pop(digest, None)
         self._changed.set()

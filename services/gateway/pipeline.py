@@ -16,8 +16,9 @@ import secrets
 from typing import TYPE_CHECKING
 
 from headrace import telemetry
-from headrace.errors import HeadraceError, ResourceExhausted, Unavailable
+from headrace.errors import HeadraceError, InvalidArgument, ResourceExhausted, Unavailable
 from headrace.service import cancel_and_wait
+from services.gateway import prompt_text
 from services.gateway.leg import Leg
 from services.gateway.migration import Migration
 from services.gateway.modalities import check_modality
@@ -26,7 +27,12 @@ from services.gateway.peers import RouteQuery, RouterPeer, TokenizerPeer
 from services.gateway.running import RunningRequest
 from services.gateway.sequence import Sequence, seed_of
 from services.gateway.submission import Submission
-from services.gateway.validation import check_prompt_len, check_request, check_token_ids
+from services.gateway.validation import (
+    check_output_format,
+    check_prompt_len,
+    check_request,
+    check_token_ids,
+)
 from services.gateway.worker_stream import StreamLimits
 from services.gateway.workers import WorkerPool
 
@@ -36,6 +42,7 @@ if TYPE_CHECKING:
     from services.gateway.config import GatewayConfig
     from services.gateway.fleet import Plan
     from services.gateway.generation import GenerationRequest, ServedModel, Sink
+    from services.gateway.parsers import AnswerFormat
     from services.gateway.peers import Encoded
 
 log = logging.getLogger("headrace.gateway")
@@ -49,7 +56,7 @@ class GatewayPipeline:
     def __init__(self, config: GatewayConfig, gateway_id: str) -> None:
         self._config = config
         self._tokenizer = TokenizerPeer(config.tokenizer, timeout_s=config.tokenizer_timeout_s)
-        self._models = ModelTable(self._tokenizer)
+        self._models = ModelTable(self._tokenizer, config.tool_parser)
         self._router = RouterPeer(
             config.router,
             gateway_id=gateway_id,
@@ -77,6 +84,7 @@ class GatewayPipeline:
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         self._is_draining = False
+        self._is_leaving = False
         self._maintenance: asyncio.Task[None] | None = None
 
     @property
@@ -89,6 +97,10 @@ class GatewayPipeline:
         self._tokenizer.start()
         self._router.start()
         self._maintenance = asyncio.create_task(self._models.maintain(), name="models")
+
+    def leave(self) -> None:
+        """Not ready any more; requests are served as before, until `drain`."""
+        self._is_leaving = True
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests and let the running ones end; those that take longer fail."""
@@ -114,8 +126,16 @@ class GatewayPipeline:
     def models(self) -> list[ServedModel]:
         return self._models.served()
 
+    def answer_format(self, model: str) -> AnswerFormat:
+        return self._models.find(model).format
+
+    def check_serves(self, model: str, modality: str) -> None:
+        check_modality(self._models.find(model).card, modality)
+
     def is_ready(self) -> bool:
-        return not self._is_draining and self._tokenizer.connected and self._models.any_served
+        if self._is_leaving or self._is_draining:
+            return False
+        return self._tokenizer.connected and self._models.any_served
 
     async def start(self, request: GenerationRequest, sink: Sink, span: Span) -> RunningRequest:
         """See `Pipeline`. Raises InvalidArgument, NotFound, ResourceExhausted, Unavailable,
@@ -163,15 +183,19 @@ class GatewayPipeline:
         if request.token_ids is not None:
             check_prompt_len(len(request.token_ids), model.card.context_len)
             check_token_ids(request.token_ids, model.table.vocab_size)
+        check_output_format(request.output_format, model.card)
         encoded = running.encoded = await self._tokenize(running)
         check_prompt_len(encoded.num_tokens, model.card.context_len)
         sampling = _resolve(request.sampling, model.card.context_len - encoded.num_tokens)
+        if request.bad_words:
+            sampling = await self._without_bad_words(running, sampling)
         seed = sampling.seed or 0
         sequences = [
             Sequence(
                 running,
                 index,
-                dataclasses.replace(sampling, seed=seed_of(seed, index)),
+                # The first keeps the request's own seed.
+                dataclasses.replace(sampling, seed=seed_of(seed, index)) if index else sampling,
                 model,
                 request.stop,
             )
@@ -186,8 +210,9 @@ class GatewayPipeline:
         model = running.model
         span = telemetry.start_span("tokenize", running.span)
         try:
+            request = await self._with_text(running)
             encoded = await self._tokenizer.encode(
-                running.request,
+                request,
                 model.card,
                 model.namespace_key,
                 timeout_s=running.remaining_s(),
@@ -201,6 +226,38 @@ class GatewayPipeline:
         if encoded.tokenizer_digest != model.card.tokenizer_digest:
             raise self._models.distrust(model, encoded.tokenizer_digest)
         return encoded
+
+    async def _with_text(self, running: RunningRequest) -> GenerationRequest:
+        """The request, with its chat as text if more than its template must be at work."""
+        request = running.request
+        if not request.continue_final_message and not request.answer_prefix:
+            return request
+        text = await self._tokenizer.render(
+            request, running.model.card.name, timeout_s=running.remaining_s()
+        )
+        if request.continue_final_message:
+            text = prompt_text.continued(text, request.messages or ())
+        return dataclasses.replace(
+            request,
+            messages=None,
+            prompt=prompt_text.with_prefix(text, request.answer_prefix),
+            add_special_tokens=False,
+        )
+
+    async def _without_bad_words(
+        self, running: RunningRequest, sampling: SamplingParams
+    ) -> SamplingParams:
+        """Each word as a text's first, and behind a space."""
+        forms = [form for word in running.request.bad_words for form in (word, f" {word}")]
+        ids = await self._tokenizer.encode_words(
+            forms, running.model.card.name, timeout_s=running.remaining_s()
+        )
+        sequences = dict.fromkeys((*sampling.bad_token_sequences, *ids))
+        with_words = dataclasses.replace(sampling, bad_token_sequences=tuple(sequences))
+        try:
+            return with_words.validate()
+        except InvalidArgument as error:
+            raise InvalidArgument(f"bad_words: {error.message}", field="bad_words") from error
 
     async def _route(self, running: RunningRequest, sampling: SamplingParams) -> Plan:
         encoded = running.encoded

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from headrace.errors import HeadraceError
     from headrace.telemetry import Span
+    from services.gateway.detokenizer import DetokenizerTable
     from services.gateway.generation import GenerationRequest, Sink
     from services.gateway.leg import Leg
     from services.gateway.models import Model
@@ -71,6 +72,16 @@ class RunningRequest:
         self._had_first_token = False
         self._timers: list[asyncio.TimerHandle] = []
         self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def prompt_ids(self) -> bytes:
+        """See Generation."""
+        return self.encoded.token_ids
+
+    @property
+    def vocabulary(self) -> DetokenizerTable:
+        """See Generation."""
+        return self.model.table
 
     def remaining_s(self) -> float:
         """What the deadline leaves. Raises DeadlineExceeded if that is nothing."""

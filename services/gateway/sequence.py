@@ -83,7 +83,11 @@ class Sequence:
         self.failed_on: set[str] = set()
         self._request = request
         # A chat's answer is a text of its own: so it stands in its template again, next turn.
-        self._detokenizer = Detokenizer(model.table, goes_on=request.request.messages is None)
+        self._detokenizer = Detokenizer(
+            model.table,
+            goes_on=request.request.messages is None,
+            skip_special=request.request.skip_special_tokens,
+        )
         #: Bytes of a token's log probabilities, 0 if nobody asks; those that came in.
         self._record_len = 0 if sampling.logprobs is None else record_len(sampling.logprobs)
         self._scores = bytearray()

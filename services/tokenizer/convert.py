@@ -89,6 +89,7 @@ def info_of(info: work.Info) -> pb.TokenizerInfo:
         truncation_side=info.truncation_side,
         padding_side=info.padding_side,
         pad_token_id=info.pad_id,
+        chat_template=info.chat_template,
     )
 
 

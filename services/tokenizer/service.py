@@ -122,7 +122,8 @@ class TokenizerService:
             )
 
     def _render(self, model: str, chat: work.Chat) -> str:
-        template = self._tokenizer(model).template
+        tokenizer = self._tokenizer(model)
+        template = tokenizer.tool_template if chat.tools_json else tokenizer.template
         messages = chat.messages
         if not messages:
             raise InvalidArgument("messages is empty", field="messages")

@@ -29,11 +29,9 @@ class Tokenizer:
         self._spec = spec
         self.backend = load_backend(spec)
         self.digest = files.tokenizer_digest()
-        self.template = (
-            ChatTemplate(files.name, spec.chat_template, spec.named_tokens)
-            if spec.chat_template is not None
-            else None
-        )
+        self.template = self._template(files.name, spec.chat_template)
+        #: For chats with tools.
+        self.tool_template = self._template(files.name, spec.tool_template) or self.template
         self.added = spec.added
         self.prefix = pack_tokens(spec.prefix_ids)
         self.suffix = pack_tokens(spec.suffix_ids)
@@ -59,7 +57,11 @@ class Tokenizer:
             self._spec.truncation_side,
             self._spec.padding_side,
             self._spec.pad_id,
+            self._spec.tool_template or self._spec.chat_template or "",
         )
+
+    def _template(self, model: str, source: str | None) -> ChatTemplate | None:
+        return None if source is None else ChatTemplate(model, source, self._spec.named_tokens)
 
 
 def load(models: Iterable[ModelFiles]) -> dict[str, Tokenizer]:

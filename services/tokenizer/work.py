@@ -198,6 +198,8 @@ class Info(msgspec.Struct, frozen=True, array_like=True):
     truncation_side: str
     padding_side: str
     pad_id: int | None
+    #: The chat template's source, that for tools if there are two; empty: none.
+    chat_template: str = ""
 
 
 class Limits(msgspec.Struct, frozen=True, array_like=True):

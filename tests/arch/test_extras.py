@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SERVICES = ["gateway", "tokenizer", "router", "worker"]
+SERVICES = ["gateway", "tokenizer", "router", "worker", "replay"]
+#: One of these is in each one's help.
+FLAGS = ("--listen", "--http", "--workers")
 
 
 @pytest.mark.slow
@@ -28,7 +30,7 @@ def test_a_service_alone(service: str, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "--listen" in done.stdout or "--http" in done.stdout
+    assert any(flag in done.stdout for flag in FLAGS)
     listed = subprocess.run(
         [python, "-m", "pip", "list"], capture_output=True, text=True, check=True
     ).stdout

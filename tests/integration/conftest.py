@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
 from headrace import registry
-from tests.integration.router_parts import Valkey
+from tests.integration.router_parts import FakeWorker, Valkey
 
 
 @pytest.fixture(scope="module")
@@ -25,3 +25,14 @@ async def valkey(server: Valkey) -> Valkey:
     await client.flushall()
     await client.aclose()
     return server
+
+
+@pytest.fixture
+async def workers(valkey: Valkey) -> AsyncIterator[list[FakeWorker]]:
+    """Two that publish and answer, without engines."""
+    workers = [FakeWorker(valkey.url, "one"), FakeWorker(valkey.url, "two")]
+    for worker in workers:
+        await worker.start()
+    yield workers
+    for worker in workers:
+        await worker.close()

@@ -260,6 +260,7 @@ class FakeWorker:
         generation: int,
         model: ModelCard = MODEL,
         hash_vector: str = blocks.hash_vector(BLOCK_SIZE).hex(),
+        max_sequences: int = 0,
     ) -> WorkerCard:
         return WorkerCard(
             worker_id,
@@ -270,6 +271,7 @@ class FakeWorker:
             hash_vector,
             total_blocks=1000,
             lease_ttl_ms=LEASE_TTL_MS,
+            max_sequences=max_sequences,
         )
 
     async def start(self, *, serve: bool = True) -> FakeWorker:
@@ -339,9 +341,9 @@ class WorkerProcess:
 class RunningRouter:
     """A router in this loop, and a client of it."""
 
-    def __init__(self, url: str, policy: str = "kv") -> None:
+    def __init__(self, url: str, policy: str = "kv", **config: Any) -> None:
         self.app = App(
-            Config(listen="127.0.0.1:0", redis=url, policy=policy),
+            Config(listen="127.0.0.1:0", redis=url, policy=policy, **config),
             lease_ttl_ms=LEASE_TTL_MS,
         )
 

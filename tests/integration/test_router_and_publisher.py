@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -17,13 +17,6 @@ from tests.integration.router_parts import (
     Valkey,
     until,
 )
-
-
-@pytest.fixture(scope="module")
-def valkey() -> Iterator[Valkey]:
-    valkey = Valkey()
-    yield valkey
-    valkey.stop()
 
 
 @pytest.fixture

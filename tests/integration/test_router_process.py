@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -29,13 +30,6 @@ from tests.integration.router_parts import (
 )
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def valkey() -> Iterator[Valkey]:
-    valkey = Valkey()
-    yield valkey
-    valkey.stop()
 
 
 def start(flags: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
@@ -136,6 +130,8 @@ async def test_a_decision_is_a_span_of_the_call_that_asked(tmp_path: Path, valke
     assert values["worker"].string_value == "one"
     assert values["matched_tokens"].int_value == 0
     assert values["candidates"].int_value == 1
+    (parts,) = json.loads(values["parts"].string_value).values()
+    assert parts["prefill"] > 0
     assert values["predicted_ttft_ms"].double_value > 0
     assert "unknown" in bad.status.message
 
@@ -162,11 +158,11 @@ def test_bad_settings_are_one_line(flags: list[str], said: str) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_port_in_use_is_one_line(valkey: Valkey) -> None:
+def test_a_port_in_use_is_one_line(server: Valkey) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         done = subprocess.run(
-            [sys.executable, "-m", "services.router", "--listen", address, "--redis", valkey.url],
+            [sys.executable, "-m", "services.router", "--listen", address, "--redis", server.url],
             cwd=ROOT,
             capture_output=True,
             text=True,

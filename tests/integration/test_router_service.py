@@ -15,6 +15,7 @@ from headrace import blocks
 from headrace.v1 import router_pb2, types_pb2
 from services.router.app import App
 from services.router.config import Config
+from services.router.latency_model import Timing
 from services.router.reservations import Reserved, WorkerKey
 from tests.integration.router_parts import (
     BLOCK_SIZE,
@@ -30,16 +31,6 @@ from tests.integration.router_parts import (
 )
 
 Update = router_pb2.ReservationUpdate
-
-
-@pytest.fixture
-async def workers(valkey: Valkey) -> AsyncIterator[list[FakeWorker]]:
-    workers = [FakeWorker(valkey.url, "one"), FakeWorker(valkey.url, "two")]
-    for worker in workers:
-        await worker.start()
-    yield workers
-    for worker in workers:
-        await worker.close()
 
 
 @pytest.fixture
@@ -307,8 +298,10 @@ async def test_load_and_timing_are_taken_from_the_workers_word(
     router: RunningRouter, workers: list[FakeWorker], gateway: Gateway
 ) -> None:
     one, two = workers
-    one.load.prefill_tokens, one.load.prefill_ms = 1_000_000, 500_000
-    two.load.prefill_tokens, two.load.prefill_ms = 1_000_000, 500_000
+    for load in (one.load, two.load):
+        # A thousand steps of a thousand tokens.
+        load.step_ms, load.prefill_steps = 500_000, 1000
+        load.prefill_tokens, load.prefill_squares = 10**6, 10**9
     one.load.active_sequences = 3
     one.load.queued_prefill_tokens = 50_000
     fleet = router.app.fleet.models[MODEL.name]
@@ -317,7 +310,9 @@ async def test_load_and_timing_are_taken_from_the_workers_word(
     )
     plan = (await gateway.route(1000)).plan
     assert worker_of(plan) == "two"
-    assert plan.predicted_ttft_ms == pytest.approx(500 * 1.0277 + 10, rel=0.01)
+    timing = fleet.workers["two"].latency.timing
+    assert timing.prefill_ms(1000) > Timing().prefill_ms(1000)
+    assert plan.predicted_ttft_ms == pytest.approx(timing.prefill_ms(1000), rel=0.2)
     states = (await router.fleet()).models[0].workers
     assert [s.active_sequences for s in states] == [3, 0]
     assert [s.reserved_prefill_tokens for s in states] == [0, 1000]

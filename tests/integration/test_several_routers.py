@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -13,23 +13,6 @@ from tests.integration.router_parts import FakeWorker, Valkey, WorkerProcess, fr
 from tests.integration.several_routers_parts import GatewayProcess, RouterProcess, peer, route
 
 NUM_ROUTERS = 3
-
-
-@pytest.fixture(scope="module")
-def valkey() -> Iterator[Valkey]:
-    valkey = Valkey()
-    yield valkey
-    valkey.stop()
-
-
-@pytest.fixture
-async def workers(valkey: Valkey) -> AsyncIterator[list[FakeWorker]]:
-    workers = [FakeWorker(valkey.url, "one"), FakeWorker(valkey.url, "two")]
-    for worker in workers:
-        await worker.start()
-    yield workers
-    for worker in workers:
-        await worker.close()
 
 
 @pytest.fixture

@@ -192,6 +192,7 @@ async def test_tokenizers_and_health_are_told(client: Client, tokenizer: Tokeniz
             truncation_side="right",
             padding_side="right",
             pad_token_id=tokenizer.info(MODEL).pad_id,
+            chat_template=tokenizer.info(MODEL).chat_template,
         )
     ]
     health: Any = health_pb2_grpc.HealthStub(client.channel)

@@ -52,6 +52,7 @@ def create_app(
     router.add_get("/v1/models", handlers.models)
     # Names may hold slashes: org/model.
     router.add_get("/v1/models/{id:.+}", handlers.model)
+    router.add_get("/openapi.json", handlers.openapi)
     router.add_get("/health/live", handlers.live)
     router.add_get("/health/ready", handlers.ready)
     return app

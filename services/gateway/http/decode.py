@@ -18,12 +18,14 @@ _MAX_QUOTED_LEN = 64
 Body = TypeVar("Body")
 
 
-def decode(decoder: msgspec.json.Decoder[Body], data: bytes) -> Body:
-    """`data` as the decoder's type. Raises InvalidArgument naming the field or the byte."""
+def decode(decoder: msgspec.json.Decoder[Body], data: bytes, within: str = "") -> Body:
+    """`data` as the decoder's type. Raises InvalidArgument naming the field or the byte.
+
+    `within` is the path of what `data` is, if it is not a whole body."""
     try:
         return decoder.decode(data)
     except msgspec.ValidationError as error:
-        raise _refusal(str(error)) from error
+        raise _refusal(str(error), within) from error
     except msgspec.DecodeError as error:
         reason = str(error).removeprefix("JSON is malformed: ")
         where = f"after its {len(data)} bytes" if "truncated" in reason else ""
@@ -59,10 +61,10 @@ _TYPE_NAMES = {
 }
 
 
-def _refusal(text: str) -> InvalidArgument:
+def _refusal(text: str, within: str) -> InvalidArgument:
     """What the decoder says about types, said to a client."""
     at = _AT.search(text)
-    path = at.group(1) if at else ""
+    path = _join(within, at.group(1) if at else "")
     reason = text[: at.start()] if at else text
     if found := _UNKNOWN.fullmatch(reason):
         field = cut(_join(path, found.group(1)))
@@ -82,7 +84,7 @@ def _type_name(kind: str) -> str:
 
 
 def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+    return f"{path}.{name}" if path and name else path or name
 
 
 def cut(text: str) -> str:

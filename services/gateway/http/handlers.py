@@ -17,7 +17,7 @@ from aiohttp import HttpVersion11, web
 from headrace.errors import InvalidArgument
 from services.gateway import tracing
 from services.gateway.generation import Usage
-from services.gateway.http import parse, responses
+from services.gateway.http import openapi, parse, responses
 from services.gateway.http.collect import CollectingSink
 from services.gateway.http.errors import (
     JSON,
@@ -26,13 +26,15 @@ from services.gateway.http.errors import (
     Problem,
     body_too_long,
 )
-from services.gateway.http.parse import ParsedRequest
+from services.gateway.http.request import ParsedRequest, with_tools
 from services.gateway.http.responses import Choice, EventTemplate, ResponseHead
-from services.gateway.http.sse import StreamingSink
+from services.gateway.http.several import Several
+from services.gateway.http.sse import StreamingSink, ViewingSink
+from services.gateway.http.view import View
 
 if TYPE_CHECKING:
     from headrace.telemetry import Span
-    from services.gateway.generation import Pipeline
+    from services.gateway.generation import Generation, Pipeline, Sink
 
 #: Where the request's id stands while it is handled.
 REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
@@ -58,15 +60,27 @@ class Api:
 
 
 CHAT = Api(
-    "chatcmpl", {"prompt": "messages"}, parse.parse_chat, responses.chat_body, responses.chat_events
+    "chatcmpl",
+    {"prompt": "messages", "bad_token_sequences": "bad_words"},
+    parse.parse_chat,
+    responses.chat_body,
+    responses.chat_events,
 )
 COMPLETIONS = Api(
     "cmpl",
-    {"token_ids": "prompt"},
+    {"token_ids": "prompt", "bad_token_sequences": "bad_words"},
     parse.parse_completion,
     responses.completion_body,
     responses.completion_events,
 )
+
+
+class _EventStream(web.StreamResponse):
+    """Its headers wait for the first write, as those of an answer in one piece do: a packet less.
+
+    Where aiohttp does not know the attribute they are sent at once."""
+
+    _send_headers_immediately = False
 
 
 class Handlers:
@@ -86,6 +100,16 @@ class Handlers:
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/completions"""
         return await self._generate(request, COMPLETIONS)
+
+    async def embeddings(self, request: web.Request) -> web.Response:
+        """POST /v1/embeddings"""
+        model = parse.parse_embedding(await self._read_body(request))
+        self._pipeline.check_serves(model, "embedding")
+        raise InvalidArgument(f"model {model!r} can't be asked for embeddings yet", field="model")
+
+    async def openapi(self, request: web.Request) -> web.Response:
+        """GET /openapi.json"""
+        return web.Response(body=openapi.document(), content_type=JSON)
 
     async def models(self, request: web.Request) -> web.Response:
         """GET /v1/models"""
@@ -129,8 +153,9 @@ class Handlers:
         span = tracing.request_span(traceparent=request.headers.get("traceparent", ""))
         try:
             parsed = api.parse(await self._read_body(request), request_id)
+            parsed, view = self._view(parsed)
             answer = self._stream if parsed.stream else self._complete
-            response, outcome = await answer(request, api, parsed, span)
+            response, outcome = await answer(request, api, parsed, view, span)
         except InvalidArgument as error:
             tracing.finish(span, error)
             # Beyond the parser, fields have our names.
@@ -142,55 +167,108 @@ class Handlers:
         tracing.finish(span, outcome)
         return response
 
+    def _view(self, parsed: ParsedRequest) -> tuple[ParsedRequest, View | None]:
+        """The request as its model must be given it; a view if plain text is not all of it."""
+        if parsed.generation.messages is None:
+            return parsed, View(parsed) if parsed.wishes.any else None
+        answer = self._pipeline.answer_format(parsed.generation.model)
+        if not parsed.wishes.any and not answer.has_reasoning:
+            return parsed, None
+        parsed, parser = with_tools(parsed, answer)
+        return parsed, View(parsed, has_reasoning=answer.has_reasoning, parser=parser)
+
     async def _complete(
-        self, request: web.Request, api: Api, parsed: ParsedRequest, span: Span
+        self,
+        request: web.Request,
+        api: Api,
+        parsed: ParsedRequest,
+        view: View | None,
+        span: Span,
     ) -> tuple[web.Response, Usage]:
         head = _head(api, parsed)
-        sink = CollectingSink(asyncio.get_running_loop(), n=parsed.generation.n)
-        generation = await self._pipeline.start(parsed.generation, sink, span)
+        sink = CollectingSink(asyncio.get_running_loop(), n=parsed.num_choices, view=view)
+        running: list[Generation] = []
         try:
+            await self._start(parsed, sink, view, span, running)
             usage = await sink.done
         except BaseException:
-            generation.cancel()
+            sink.close()
+            _cancel(running)
             raise
+        if view is not None:
+            usage = view.usage(usage)
         body = api.body(head, sink.choices(), usage)
         return web.Response(body=body, content_type=JSON), usage
 
     async def _stream(
-        self, request: web.Request, api: Api, parsed: ParsedRequest, span: Span
+        self,
+        request: web.Request,
+        api: Api,
+        parsed: ParsedRequest,
+        view: View | None,
+        span: Span,
     ) -> tuple[web.StreamResponse, Usage | BaseException]:
         chunked = request.version >= HttpVersion11
-        sink = StreamingSink(
-            api.events(
-                _head(api, parsed), n=parsed.generation.n, include_usage=parsed.include_usage
-            ),
-            asyncio.get_running_loop(),
-            chunked=chunked,
-            max_buffer_len=self._max_client_buffer_len,
-        )
-        response = web.StreamResponse(
-            headers={**_EVENT_STREAM_HEADERS, REQUEST_ID_HEADER: parsed.generation.request_id}
+        sink = self._streaming_sink(api, parsed, view, chunked=chunked)
+        response = _EventStream(
+            headers={**_EVENT_STREAM_HEADERS, REQUEST_ID_HEADER: request[REQUEST_ID]}
         )
         if chunked:
             response.enable_chunked_encoding()
         else:
             # Only the connection's end tells an HTTP/1.0 client that the stream is over.
             response.force_close()
-        generation = await self._pipeline.start(parsed.generation, sink, span)
+        running: list[Generation] = []
         try:
+            await self._start(parsed, sink, view, span, running)
             # Until the first token a failure still gets a status of its own.
             await sink.started
             if sink.error is not None:
                 raise sink.error
             await response.prepare(request)
+            # The headers go with the first events, in one packet.
+            await response.write(sink.take())
             sink.attach(request.transport)
             await sink.done
         finally:
             sink.close()
             if sink.usage is None:
-                generation.cancel()
+                _cancel(running)
         outcome = sink.usage or sink.error or ConnectionResetError("the client went away")
         return response, outcome
+
+    def _streaming_sink(
+        self, api: Api, parsed: ParsedRequest, view: View | None, *, chunked: bool
+    ) -> StreamingSink:
+        template = api.events(
+            _head(api, parsed), n=parsed.num_choices, include_usage=parsed.include_usage
+        )
+        loop, limit = asyncio.get_running_loop(), self._max_client_buffer_len
+        if view is None:
+            return StreamingSink(template, loop, chunked=chunked, max_buffer_len=limit)
+        return ViewingSink(template, loop, view=view, chunked=chunked, max_buffer_len=limit)
+
+    async def _start(
+        self,
+        parsed: ParsedRequest,
+        sink: Sink,
+        view: View | None,
+        span: Span,
+        running: list[Generation],
+    ) -> None:
+        """Start all its prompts' generations, and put them into `running` as they go."""
+        several = None
+        if len(parsed.generations) > 1:
+            several = Several(sink, len(parsed.generations))
+        for at, request in enumerate(parsed.generations):
+            part = sink if several is None else several.part(at * request.n)
+            generation = await self._pipeline.start(request, part, span)
+            running.append(generation)
+            if view is not None:
+                # Its first token can't have come: nothing was awaited since it was submitted.
+                view.begin(at, generation)
+            if several is not None and several.failed:
+                return
 
     async def _read_body(self, request: web.Request) -> bytes:
         if self._is_too_long(request):
@@ -212,10 +290,16 @@ class Handlers:
 def _head(api: Api, parsed: ParsedRequest) -> ResponseHead:
     generation = parsed.generation
     return ResponseHead(
-        f"{api.id_prefix}-{generation.request_id.removeprefix('req-')}",
+        f"{api.id_prefix}-{generation.request_id.removeprefix('req-').partition('-')[0]}",
         int(time.time()),
         generation.model,
+        parsed.names_tier,
     )
+
+
+def _cancel(running: list[Generation]) -> None:
+    for generation in running:
+        generation.cancel()
 
 
 def text_routes(handlers: Handlers) -> list[web.RouteDef]:
@@ -225,3 +309,8 @@ def text_routes(handlers: Handlers) -> list[web.RouteDef]:
         web.post("/v1/chat/completions", handlers.chat_completions, expect_handler=expect),
         web.post("/v1/completions", handlers.completions, expect_handler=expect),
     ]
+
+
+def embedding_routes(handlers: Handlers) -> list[web.RouteDef]:
+    """The routes of the modality "embedding"."""
+    return [web.post("/v1/embeddings", handlers.embeddings, expect_handler=handlers.expect)]

@@ -6,162 +6,242 @@ path of what is wrong (`messages[0].content`), as a client wrote it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from headrace.errors import InvalidArgument
-from headrace.params import MAX_SEQUENCES, SamplingParams
-from services.gateway.generation import ChatMessage, GenerationRequest
-from services.gateway.http.decode import cut, decode
+from headrace.params import MAX_LOGPROBS, MAX_SEQUENCES, SamplingParams
+from services.gateway.generation import GenerationRequest
+from services.gateway.http.decode import decode
+from services.gateway.http.messages import chat_message
+from services.gateway.http.refuse import UINT32, quote, refuse_not_yet, within, within_uint32
+from services.gateway.http.request import ParsedRequest, Wishes
 from services.gateway.http.schema import (
     CHAT_NOT_YET,
     COMPLETION_NOT_YET,
-    MESSAGE_NOT_YET,
-    PART_NOT_YET,
     ChatBody,
     CompletionBody,
+    EmbeddingBody,
 )
-from services.gateway.validation import check_request
+from services.gateway.http.tools import output_format, tool_use
+from services.gateway.validation import MAX_PRIORITY, check_request
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from services.gateway.http.schema import ContentPart, Message
+    from collections.abc import Mapping
 
 #: What /v1/completions generates at most when the client does not say.
 DEFAULT_COMPLETION_TOKENS = 16
+#: Prompts of one completion request.
+MAX_PROMPTS = 64
 
-#: `developer` is OpenAI's newer name for `system`; templates know the older.
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-
-_UINT32 = (1 << 32) - 1
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+_MAX_METADATA = 16
 
 _chat_decoder = msgspec.json.Decoder(ChatBody)
 _completion_decoder = msgspec.json.Decoder(CompletionBody)
-
-
-@dataclass(frozen=True, slots=True)
-class ParsedRequest:
-    """A request, and how its client wants the answer."""
-
-    generation: GenerationRequest
-    stream: bool
-    include_usage: bool
+_embedding_decoder = msgspec.json.Decoder(EmbeddingBody)
+_encode = msgspec.json.Encoder().encode
 
 
 def parse_chat(data: bytes, request_id: str) -> ParsedRequest:
     """The body of `POST /v1/chat/completions`. Raises InvalidArgument."""
     body = decode(_chat_decoder, data)
-    _refuse_not_yet(body, CHAT_NOT_YET)
+    refuse_not_yet(body, CHAT_NOT_YET)
     if not body.messages:
         raise InvalidArgument("messages must hold at least one message", field="messages")
-    messages = tuple(_message(m, f"messages[{i}]") for i, m in enumerate(body.messages))
+    _check_metadata(body.metadata or {})
+    messages = tuple([chat_message(m, f"messages[{i}]") for i, m in enumerate(body.messages)])
     field, max_tokens = _chat_max_tokens(body)
+    tools, tools_json = tool_use(body)
+    logprobs = _chat_logprobs(body)
     generation = GenerationRequest(
         request_id=request_id,
         model=body.model,
         messages=messages,
-        sampling=_sampling(body, max_tokens, field),
+        sampling=_sampling(body, max_tokens, field, logprobs),
         n=_n(body.n),
         stop=_strings(body.stop),
         session_id=body.prompt_cache_key or "",
+        priority=_priority(body),
+        tools_json=tools_json,
+        template_args_json=_template_args(body),
+        add_generation_prompt=body.add_generation_prompt is not False
+        and not body.continue_final_message,
+        continue_final_message=bool(body.continue_final_message),
+        skip_special_tokens=body.skip_special_tokens is not False,
+        bad_words=tuple(body.bad_words or ()),
+        output_format=output_format(body.response_format),
     )
+    if body.continue_final_message and (body.add_generation_prompt or (tools and tools.must)):
+        other = "add_generation_prompt" if body.add_generation_prompt else "tool_choice"
+        raise InvalidArgument(
+            f"continue_final_message and {other} exclude each other",
+            field="continue_final_message",
+        )
+    if body.add_special_tokens:
+        raise InvalidArgument(
+            "add_special_tokens is for completions: a chat's template writes them",
+            field="add_special_tokens",
+        )
     check_request(generation)
-    return ParsedRequest(generation, *_streaming(body))
+    stream, include_usage, obfuscate = _streaming(body)
+    wishes = Wishes(
+        logprobs=logprobs, prompt_logprobs=body.prompt_logprobs, obfuscate=obfuscate, tools=tools
+    )
+    names_tier = body.service_tier is not None
+    return ParsedRequest((generation,), stream, include_usage, wishes, names_tier)
 
 
 def parse_completion(data: bytes, request_id: str) -> ParsedRequest:
     """The body of `POST /v1/completions`. Raises InvalidArgument."""
     body = decode(_completion_decoder, data)
-    # The best n of n are all n.
-    if body.best_of is not None and body.best_of == (body.n or 1):
-        body.best_of = None
-    _refuse_not_yet(body, COMPLETION_NOT_YET)
-    prompt, token_ids = _prompt(body.prompt)
+    refuse_not_yet(body, COMPLETION_NOT_YET)
     max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    generation = GenerationRequest(
-        request_id=request_id,
-        model=body.model,
-        prompt=prompt,
-        token_ids=token_ids,
-        sampling=_sampling(body, max_tokens, "max_tokens"),
-        n=_n(body.n),
-        stop=_strings(body.stop),
+    echo_only = bool(body.echo) and max_tokens == 0
+    stream, include_usage, obfuscate = _streaming(body)
+    n, num_best = _best_of(body)
+    if body.logprobs is not None:
+        within("logprobs", body.logprobs, 0, MAX_LOGPROBS)
+    scores = body.logprobs if num_best is None else body.logprobs or 0
+    sampling = _sampling(body, 1 if echo_only else max_tokens, "max_tokens", scores)
+    prompts = _prompts(body.prompt)
+    generations = tuple(
+        [
+            GenerationRequest(
+                request_id=request_id if len(prompts) == 1 else f"{request_id}-{at}",
+                model=body.model,
+                prompt=prompt if isinstance(prompt, str) else None,
+                token_ids=None if isinstance(prompt, str) else prompt,
+                sampling=sampling,
+                n=n,
+                stop=_strings(body.stop),
+                priority=_priority(body),
+                add_special_tokens=body.add_special_tokens is not False,
+                skip_special_tokens=body.skip_special_tokens is not False,
+                bad_words=tuple(body.bad_words or ()),
+            )
+            for at, prompt in enumerate(prompts)
+        ]
     )
-    check_request(generation)
-    return ParsedRequest(generation, *_streaming(body))
+    for generation in generations:
+        check_request(generation)
+    wishes = Wishes(
+        logprobs=body.logprobs,
+        prompt_logprobs=body.prompt_logprobs,
+        echo=bool(body.echo),
+        echo_only=echo_only,
+        num_best=num_best,
+        obfuscate=obfuscate,
+    )
+    return ParsedRequest(generations, stream, include_usage, wishes)
 
 
-def _refuse_not_yet(
-    body: msgspec.Struct, not_yet: Mapping[str, tuple[object, ...]], path: str = ""
-) -> None:
-    for name, harmless in not_yet.items():
-        value = getattr(body, name)
-        if value is not None and value not in harmless:
+def parse_embedding(data: bytes) -> str:
+    """The model of the body of `POST /v1/embeddings`. Raises InvalidArgument."""
+    body = decode(_embedding_decoder, data)
+    if not body.input:
+        raise InvalidArgument("input must not be empty", field="input")
+    if body.encoding_format not in (None, "float", "base64"):
+        raise InvalidArgument(
+            f"encoding_format must be float or base64, not {quote(body.encoding_format or '')}",
+            field="encoding_format",
+        )
+    if body.dimensions is not None:
+        within("dimensions", body.dimensions, 1, UINT32)
+    return body.model
+
+
+def _prompts(given: str | list[str | int | list[int]]) -> list[str | tuple[int, ...]]:
+    """One or several prompts, each text or token ids."""
+    if not given:
+        raise InvalidArgument("prompt must not be empty", field="prompt")
+    if isinstance(given, str):
+        return [given]
+    if any(isinstance(item, int) for item in given):
+        ids = tuple([item for item in given if isinstance(item, int)])
+        if len(ids) != len(given):
             raise InvalidArgument(
-                f"{path}{name} is not supported yet: leave it out", field=f"{path}{name}"
+                "prompt must be text, token ids, or a list of one of them, not a mixture",
+                field="prompt",
+            )
+        within_uint32("prompt", ids)
+        return [ids]
+    if len(given) > MAX_PROMPTS:
+        raise InvalidArgument(
+            f"prompt must hold at most {MAX_PROMPTS} prompts, not {len(given)}", field="prompt"
+        )
+    prompts: list[str | tuple[int, ...]] = []
+    for at, item in enumerate(given):
+        field = "prompt" if len(given) == 1 else f"prompt[{at}]"
+        if not item:
+            raise InvalidArgument(f"{field} must not be empty", field=field)
+        if isinstance(item, list):
+            within_uint32(field, item)
+        prompts.append(item if isinstance(item, str) else tuple(item))  # type: ignore[arg-type]
+    return prompts
+
+
+def _best_of(body: CompletionBody) -> tuple[int, int | None]:
+    """How many sequences to generate, and how many of them to show if not all."""
+    n = _n(body.n)
+    if body.best_of is None or body.best_of == n:
+        return n, None
+    within("best_of", body.best_of, n, MAX_SEQUENCES)
+    if body.stream:
+        raise InvalidArgument(
+            "best_of can't be more than n in a stream: which is best is known at its end",
+            field="best_of",
+        )
+    return body.best_of, n
+
+
+def _chat_logprobs(body: ChatBody) -> int | None:
+    top = body.top_logprobs or 0
+    within("top_logprobs", top, 0, MAX_LOGPROBS)
+    if body.logprobs:
+        return top
+    if top:
+        raise InvalidArgument("top_logprobs needs logprobs: true", field="top_logprobs")
+    return None
+
+
+def _template_args(body: ChatBody) -> str:
+    args: dict[str, Any] = {}
+    if body.reasoning_effort is not None:
+        if body.reasoning_effort not in _EFFORTS:
+            raise InvalidArgument(
+                f"reasoning_effort must be one of {', '.join(_EFFORTS)}, not "
+                f"{quote(body.reasoning_effort)}",
+                field="reasoning_effort",
+            )
+        args = {"reasoning_effort": body.reasoning_effort}
+        if body.reasoning_effort == "none":
+            args = {"enable_thinking": False}
+    args |= body.chat_template_kwargs or {}
+    return _encode(args).decode() if args else ""
+
+
+def _check_metadata(metadata: Mapping[str, str]) -> None:
+    if len(metadata) > _MAX_METADATA:
+        raise InvalidArgument(
+            f"metadata must hold at most {_MAX_METADATA} pairs, not {len(metadata)}",
+            field="metadata",
+        )
+    for key, value in metadata.items():
+        if len(key) > 64 or len(value) > 512:
+            raise InvalidArgument(
+                "metadata must have keys of at most 64 characters and values of at most 512: "
+                f"{quote(key)} has {len(key)} and {len(value)}",
+                field="metadata",
             )
 
 
-def _message(message: Message, path: str) -> ChatMessage:
-    role = _ROLES.get(message.role)
-    if role is None:
-        allowed = ", ".join(_ROLES)
-        raise InvalidArgument(
-            f"{path}.role must be one of {allowed}, not {_quote(message.role)}",
-            field=f"{path}.role",
-        )
-    _refuse_not_yet(message, MESSAGE_NOT_YET, f"{path}.")
-    content = message.content
-    if not content and not isinstance(content, str):
-        raise InvalidArgument(
-            f"{path}.content must be a string or a list of text parts, not "
-            f"{'null or absent' if content is None else 'empty'}",
-            field=f"{path}.content",
-        )
-    if not isinstance(content, str):
-        parts = (_part(part, f"{path}.content[{i}]") for i, part in enumerate(content))
-        content = "\n".join(parts)
-    return ChatMessage(role, content)
-
-
-def _part(part: ContentPart, path: str) -> str:
-    if part.type != "text":
-        raise InvalidArgument(
-            f"{path}.type must be text: {_quote(part.type)} is not supported yet",
-            field=f"{path}.type",
-        )
-    _refuse_not_yet(part, PART_NOT_YET, f"{path}.")
-    if part.text is None:
-        raise InvalidArgument(f"{path}.text is required", field=f"{path}.text")
-    return part.text
-
-
-def _prompt(
-    prompt: str | list[str | int | list[int]],
-) -> tuple[str | None, tuple[int, ...] | None]:
-    if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
-        only = prompt[0]
-        prompt = only if isinstance(only, str) else list(only)
-    if not prompt:
-        raise InvalidArgument("prompt must not be empty", field="prompt")
-    if isinstance(prompt, str):
-        return prompt, None
-    token_ids = tuple(item for item in prompt if isinstance(item, int))
-    if not token_ids:
-        raise InvalidArgument(
-            f"prompt must be one prompt: several in one request ({len(prompt)}) are not "
-            "supported yet",
-            field="prompt",
-        )
-    if len(token_ids) != len(prompt):
-        raise InvalidArgument(
-            "prompt must be a string or a list of token ids, not a mixture", field="prompt"
-        )
-    _within_uint32("prompt", token_ids)
-    return None, token_ids
+def _priority(body: ChatBody | CompletionBody) -> int:
+    # Higher is sooner, as over gRPC; in vLLM it is later.
+    priority = body.priority or 0
+    within("priority", priority, -MAX_PRIORITY, MAX_PRIORITY)
+    return priority
 
 
 def _chat_max_tokens(body: ChatBody) -> tuple[str, int | None]:
@@ -175,21 +255,33 @@ def _chat_max_tokens(body: ChatBody) -> tuple[str, int | None]:
 
 
 def _sampling(
-    body: ChatBody | CompletionBody, max_tokens: int | None, max_tokens_field: str
+    body: ChatBody | CompletionBody,
+    max_tokens: int | None,
+    max_tokens_field: str,
+    logprobs: int | None,
 ) -> SamplingParams:
     if max_tokens is not None:
-        _within(max_tokens_field, max_tokens, 1, _UINT32)
+        within(max_tokens_field, max_tokens, 1, UINT32)
     top_k = 0 if body.top_k is None or body.top_k == -1 else body.top_k
-    _within("top_k", top_k, 0, _UINT32)
+    within("top_k", top_k, 0, UINT32)
     seed = body.seed
     if seed is not None:
         # OpenAI's seeds are signed, ours are not; both have 64 bits.
-        _within("seed", seed, -(1 << 63), (1 << 64) - 1)
+        within("seed", seed, -(1 << 63), (1 << 64) - 1)
         seed %= 1 << 64
     stop_token_ids = tuple(body.stop_token_ids or ())
-    _within_uint32("stop_token_ids", stop_token_ids)
+    within_uint32("stop_token_ids", stop_token_ids)
+    prompt_logprobs = body.prompt_logprobs
+    if prompt_logprobs is not None:
+        within("prompt_logprobs", prompt_logprobs, 0, MAX_LOGPROBS)
+        if body.stream:
+            raise InvalidArgument(
+                "prompt_logprobs are not streamed: set stream to false", field="prompt_logprobs"
+            )
+    if isinstance(body, CompletionBody) and body.echo and logprobs is not None:
+        prompt_logprobs = max(prompt_logprobs or 0, logprobs)
     min_tokens = body.min_tokens or 0
-    _within("min_tokens", min_tokens, 0, _UINT32)
+    within("min_tokens", min_tokens, 0, UINT32)
     return SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
@@ -204,6 +296,8 @@ def _sampling(
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
         logit_bias=_logit_bias(body.logit_bias or {}),
         min_tokens=min_tokens,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
 
 
@@ -213,9 +307,9 @@ def _logit_bias(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
     for text, bias in given.items():
         # What int() takes beyond digits (spaces, signs, underscores) is no token id.
         token = int(text) if text.isascii() and text.isdigit() and len(text) <= 10 else -1
-        if not 0 <= token <= _UINT32:
+        if not 0 <= token <= UINT32:
             raise InvalidArgument(
-                f"logit_bias must map token ids to numbers: {_quote(text)} is none",
+                f"logit_bias must map token ids to numbers: {quote(text)} is none",
                 field="logit_bias",
             )
         if token in biases:
@@ -227,7 +321,7 @@ def _logit_bias(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
 def _n(n: int | None) -> int:
     if n is None:
         return 1
-    _within("n", n, 1, MAX_SEQUENCES)
+    within("n", n, 1, MAX_SEQUENCES)
     return n
 
 
@@ -235,37 +329,13 @@ def _strings(stop: str | list[str] | None) -> tuple[str, ...]:
     return (stop,) if isinstance(stop, str) else tuple(stop or ())
 
 
-def _streaming(body: ChatBody | CompletionBody) -> tuple[bool, bool]:
+def _streaming(body: ChatBody | CompletionBody) -> tuple[bool, bool, bool]:
+    """Whether to stream, with usage at the end, and with obfuscation."""
     stream, options = bool(body.stream), body.stream_options
     if options is None:
-        return stream, False
+        return stream, False, False
     if not stream:
         raise InvalidArgument(
             "stream_options is for streams: set stream to true", field="stream_options"
         )
-    if options.include_obfuscation:
-        field = "stream_options.include_obfuscation"
-        raise InvalidArgument(f"{field} is not supported yet: leave it out", field=field)
-    return stream, bool(options.include_usage)
-
-
-def _within(field: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise InvalidArgument(
-            f"{field} must be in [{low}, {high}], not {_quote_int(value)}", field=field
-        )
-
-
-def _within_uint32(field: str, ids: Sequence[int]) -> None:
-    if ids and (min(ids) < 0 or max(ids) > _UINT32):
-        index, value = next((i, v) for i, v in enumerate(ids) if not 0 <= v <= _UINT32)
-        _within(f"{field}[{index}]", value, 0, _UINT32)
-
-
-def _quote(value: str) -> str:
-    return f"'{cut(value)}'"
-
-
-def _quote_int(value: int) -> str:
-    # Python refuses to print integers of thousands of digits.
-    return str(value) if value.bit_length() <= 128 else f"an integer of {value.bit_length()} bits"
+    return stream, bool(options.include_usage), bool(options.include_obfuscation)

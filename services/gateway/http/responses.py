@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from services.gateway.generation import EndReason
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from services.gateway.generation import ServedModel, Usage
 
 OWNED_BY = "headrace"
+#: All are served alike.
+SERVICE_TIER = "default"
 
 #: What ends a stream that went well.
 DONE_EVENT = b"data: [DONE]\n\n"
@@ -33,6 +33,7 @@ class ResponseHead:
     id: str
     created: int
     model: str
+    names_tier: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,43 +41,56 @@ class Choice:
     """One complete sequence."""
 
     text: str
-    reason: EndReason
+    reason: str
+    reasoning: str = ""
+    #: Tool calls, as a message has them.
+    calls: tuple[dict[str, Any], ...] = ()
+    logprobs: dict[str, Any] | None = None
+    prompt_logprobs: list[Any] | None = None
 
 
 def chat_body(head: ResponseHead, choices: Sequence[Choice], usage: Usage) -> bytes:
     """A `chat.completion`."""
-    return _body(
-        head,
-        "chat.completion",
-        [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                "logprobs": None,
-                "finish_reason": choice.reason,
-            }
-            for index, choice in enumerate(choices)
-        ],
-        usage,
-    )
+    listed = [
+        {
+            "index": index,
+            "message": _message(choice),
+            "logprobs": choice.logprobs,
+            "finish_reason": choice.reason,
+        }
+        for index, choice in enumerate(choices)
+    ]
+    body = _body(head, "chat.completion", listed, usage)
+    if choices[0].prompt_logprobs is not None:
+        body["prompt_logprobs"] = choices[0].prompt_logprobs
+    return encode(body)
+
+
+def _message(choice: Choice) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+    if choice.reasoning:
+        message["reasoning_content"] = choice.reasoning
+    if choice.calls:
+        message["tool_calls"] = choice.calls
+    if choice.calls or choice.reasoning:
+        message["content"] = choice.text or None
+    return message
 
 
 def completion_body(head: ResponseHead, choices: Sequence[Choice], usage: Usage) -> bytes:
     """A `text_completion`."""
-    return _body(
-        head,
-        "text_completion",
-        [
-            {
-                "index": index,
-                "text": choice.text,
-                "logprobs": None,
-                "finish_reason": choice.reason,
-            }
-            for index, choice in enumerate(choices)
-        ],
-        usage,
-    )
+    listed = []
+    for index, choice in enumerate(choices):
+        entry: dict[str, Any] = {
+            "index": index,
+            "text": choice.text,
+            "logprobs": choice.logprobs,
+            "finish_reason": choice.reason,
+        }
+        if choice.prompt_logprobs is not None:
+            entry["prompt_logprobs"] = choice.prompt_logprobs
+        listed.append(entry)
+    return encode(_body(head, "text_completion", listed, usage))
 
 
 class EventTemplate:
@@ -98,11 +112,13 @@ class EventTemplate:
         n: int,
         include_usage: bool,
     ) -> None:
-        self._head = b'data: {"id":%b,"object":"%b","created":%d,"model":%b,"choices":[' % (
+        tier = b'"service_tier":%b,' % encode(SERVICE_TIER) if head.names_tier else b""
+        self._head = b'data: {"id":%b,"object":"%b","created":%d,"model":%b,%b"choices":[' % (
             encode(head.id),
             kind.encode(),
             head.created,
             encode(head.model),
+            tier,
         )
         # With include_usage every chunk has the field, and only the last a value.
         self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
@@ -116,7 +132,15 @@ class EventTemplate:
         """The plain twin of what a sink does for each token."""
         return self.prefixes[index] + encode(text) + self.suffix
 
-    def end(self, index: int, reason: EndReason) -> bytes:
+    def shown(
+        self, index: int, fields: dict[str, Any], logprobs: dict[str, Any] | None, padding: str
+    ) -> bytes:
+        """An event with more than text; `padding` hides its length (see OpenAI's obfuscation)."""
+        rest = b'%b,"logprobs":%b,"finish_reason":null}' % (encode(fields)[1:-1], encode(logprobs))
+        event = self._choice(index, rest)
+        return event[:-3] + b',"obfuscation":%b}\n\n' % encode(padding) if padding else event
+
+    def end(self, index: int, reason: str) -> bytes:
         """The event that ends sequence `index`."""
         rest = b'%b,"logprobs":null,"finish_reason":%b}' % (self._empty, encode(reason))
         return self._choice(index, rest)
@@ -185,17 +209,20 @@ def _model(model: ServedModel) -> dict[str, Any]:
     }
 
 
-def _body(head: ResponseHead, kind: str, choices: list[dict[str, Any]], usage: Usage) -> bytes:
-    return encode(
-        {
-            "id": head.id,
-            "object": kind,
-            "created": head.created,
-            "model": head.model,
-            "choices": choices,
-            "usage": _usage(usage),
-        }
-    )
+def _body(
+    head: ResponseHead, kind: str, choices: list[dict[str, Any]], usage: Usage
+) -> dict[str, Any]:
+    body = {
+        "id": head.id,
+        "object": kind,
+        "created": head.created,
+        "model": head.model,
+        "choices": choices,
+        "usage": _usage(usage),
+    }
+    if head.names_tier:
+        body["service_tier"] = SERVICE_TIER
+    return body
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

@@ -31,6 +31,23 @@ class ContentPart(msgspec.Struct, forbid_unknown_fields=True):
     prompt_cache_breakpoint: Any = None
 
 
+class CalledFunction(msgspec.Struct, forbid_unknown_fields=True):
+    """`function` of a tool call in an assistant's message; `arguments` is JSON as text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, forbid_unknown_fields=True):
+    """One element of an assistant's `tool_calls`."""
+
+    function: CalledFunction
+    id: str = ""
+    type: str = "function"
+    #: Clients send back what they put together of a stream.
+    index: int | None = None
+
+
 class Message(msgspec.Struct, forbid_unknown_fields=True):
     """One element of `messages`."""
 
@@ -39,9 +56,75 @@ class Message(msgspec.Struct, forbid_unknown_fields=True):
     name: str | None = None
     refusal: str | None = None
     audio: Any = None
+    annotations: Any = None
     function_call: Any = None
-    tool_calls: Any = None
+    tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    # Beyond OpenAI's: what an assistant thought, under the two names that are in use.
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+
+class FunctionDefinition(msgspec.Struct, forbid_unknown_fields=True):
+    """`function` of a tool. Templates see the JSON that the client wrote."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, forbid_unknown_fields=True):
+    """One element of `tools`."""
+
+    type: str
+    function: FunctionDefinition | None = None
+    custom: Any = None
+
+
+class FunctionName(msgspec.Struct, forbid_unknown_fields=True):
+    """A function, named."""
+
+    name: str
+
+
+class NamedTool(msgspec.Struct, forbid_unknown_fields=True):
+    """A tool, named: in `tool_choice`."""
+
+    type: str
+    function: FunctionName | None = None
+
+
+class AllowedTools(msgspec.Struct, forbid_unknown_fields=True):
+    """`tool_choice.allowed_tools`."""
+
+    mode: str
+    tools: list[NamedTool]
+
+
+class ToolChoice(msgspec.Struct, forbid_unknown_fields=True):
+    """`tool_choice`, if it is no word."""
+
+    type: str
+    function: FunctionName | None = None
+    allowed_tools: AllowedTools | None = None
+    custom: Any = None
+
+
+class JsonSchemaFormat(msgspec.Struct, forbid_unknown_fields=True):
+    """`response_format.json_schema`."""
+
+    name: str
+    schema: dict[str, Any] | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
+    """`response_format`."""
+
+    type: str
+    json_schema: JsonSchemaFormat | None = None
 
 
 class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -67,16 +150,21 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     stop_token_ids: list[int] | None = None
     min_tokens: int | None = None
     repetition_penalty: float | None = None
+    bad_words: list[str] | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    priority: int | None = None
 
 
 class CompletionBody(_Body, forbid_unknown_fields=True, kw_only=True):
     """`POST /v1/completions`."""
 
     prompt: str | list[str | int | list[int]]
-    # Not yet.
     best_of: int | None = None
     echo: bool | None = None
     logprobs: int | None = None
+    # Not yet.
     suffix: str | None = None
 
 
@@ -85,70 +173,69 @@ class ChatBody(_Body, forbid_unknown_fields=True, kw_only=True):
 
     messages: list[Message]
     max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[msgspec.Raw] | None = None
+    tool_choice: str | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    reasoning_effort: str | None = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
+    metadata: dict[str, str] | None = None
+    # Beyond OpenAI's, as vLLM has them.
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     # Not yet.
     audio: Any = None
     function_call: Any = None
     functions: list[Any] | None = None
-    logprobs: bool | None = None
-    metadata: dict[str, str] | None = None
     modalities: list[str] | None = None
     moderation: Any = None
-    parallel_tool_calls: bool | None = None
     prediction: Any = None
     prompt_cache_options: dict[str, Any] | None = None
     prompt_cache_retention: str | None = None
-    reasoning_effort: str | None = None
-    response_format: dict[str, Any] | None = None
     service_tier: str | None = None
     store: bool | None = None
-    tool_choice: Any = None
-    tools: list[Any] | None = None
-    top_logprobs: int | None = None
     verbosity: str | None = None
     web_search_options: Any = None
 
 
+class EmbeddingBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """`POST /v1/embeddings`."""
+
+    model: str
+    input: str | list[str | int | list[int]]
+    encoding_format: str | None = None
+    dimensions: int | None = None
+    user: str | None = None
+
+
 #: Parameters that do nothing yet, with the values (beside null) that ask for no more
 #: than what happens anyway.
-COMPLETION_NOT_YET: dict[str, tuple[object, ...]] = {
-    "best_of": (1,),
-    "echo": (False,),
-    "logprobs": (),
-    "suffix": (),
-}
+COMPLETION_NOT_YET: dict[str, tuple[object, ...]] = {"suffix": ()}
 
 CHAT_NOT_YET: dict[str, tuple[object, ...]] = {
     "audio": (),
     "function_call": ("none",),
     "functions": ([],),
-    "logprobs": (False,),
-    "metadata": ({},),
     "modalities": (["text"],),
     "moderation": (),
-    "parallel_tool_calls": (True,),
     "prediction": (),
     "prompt_cache_options": ({}, {"mode": "implicit"}),
     "prompt_cache_retention": ("in_memory",),
-    "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
-    "tool_choice": ("none",),
-    "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
 
 #: Fields of a message, and of a part of its content, that do nothing yet.
 MESSAGE_NOT_YET: dict[str, tuple[object, ...]] = {
-    "name": (),
     "refusal": (),
     "audio": (),
+    "annotations": ([],),
     "function_call": (),
-    "tool_calls": ([],),
-    "tool_call_id": (),
 }
 PART_NOT_YET: dict[str, tuple[object, ...]] = {"prompt_cache_breakpoint": ()}

@@ -16,6 +16,7 @@ It refuses to know what an event says: bytes come from an `EventTemplate`.
 from __future__ import annotations
 
 import logging
+import secrets
 import socket
 from typing import TYPE_CHECKING
 
@@ -24,12 +25,14 @@ import msgspec
 from headrace.errors import Cancelled, HeadraceError
 from services.gateway.http.errors import error_body, problem_of
 from services.gateway.http.responses import error_event
+from services.gateway.http.view import SequenceView
 
 if TYPE_CHECKING:
     import asyncio
 
     from services.gateway.generation import EndReason, Usage
     from services.gateway.http.responses import EventTemplate
+    from services.gateway.http.view import Shown, View
 
 log = logging.getLogger("headrace.gateway.http")
 
@@ -37,6 +40,8 @@ log = logging.getLogger("headrace.gateway.http")
 DEFAULT_MAX_BUFFER_LEN = 1 << 20
 #: What the kernel may hold of a stream: by itself it takes 4 MB before we notice.
 SEND_BUFFER_LEN = 64 << 10
+#: Bytes that characters of obfuscation are drawn from.
+_OBFUSCATION_LEN = 12
 
 _escape = msgspec.json.Encoder().encode
 _join = b"".join
@@ -92,13 +97,18 @@ class StreamingSink:
         self._transport: asyncio.Transport | None = None
         self._closed = False
 
+    def take(self) -> bytes:
+        """What is held."""
+        held, self._held = bytes(self._held), bytearray()
+        return held
+
     def attach(self, transport: asyncio.Transport | None) -> None:
         """The headers are sent: from now on output goes to `transport`, None if it is gone."""
         if transport is None:
             self.close()
             return
         _limit_kernel_buffer(transport)
-        held, self._held = bytes(self._held), bytearray()
+        held = self.take()
         self._transport = transport
         self._write(held)
 
@@ -188,6 +198,58 @@ class StreamingSink:
         self.close()
         if transport is not None:
             transport.abort()
+
+
+class ViewingSink(StreamingSink):
+    """The same for an answer with more than text: `view` says what its chunks hold."""
+
+    __slots__ = ("_sequences", "_view")
+
+    def __init__(
+        self,
+        template: EventTemplate,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        view: View,
+        chunked: bool,
+        max_buffer_len: int = DEFAULT_MAX_BUFFER_LEN,
+    ) -> None:
+        super().__init__(template, loop, chunked=chunked, max_buffer_len=max_buffer_len)
+        self._view = view
+        self._sequences: dict[int, SequenceView] = {}
+
+    def on_delta(self, index: int, text: str, token_ids: list[int], logprobs: bytes = b"") -> None:
+        """Write the events that this completes."""
+        self._show(index, self._sequence(index).push(text, logprobs))
+        _set(self.started)
+
+    def on_prompt_logprobs(self, index: int, data: bytes) -> None:
+        """Keep them for the echo."""
+        self._sequence(index).on_prompt_logprobs(data)
+
+    def on_end(self, index: int, reason: EndReason) -> None:
+        """Write what is left of sequence `index`, and its end."""
+        sequence = self._sequence(index)
+        self._show(index, sequence.end())
+        self._write(self._template.end(index, sequence.reason(reason)))
+        _set(self.started)
+
+    def on_done(self, usage: Usage) -> None:
+        """Write what ends the stream."""
+        super().on_done(self._view.usage(usage))
+
+    def _sequence(self, index: int) -> SequenceView:
+        found = self._sequences.get(index)
+        if found is None:
+            found = self._sequences[index] = SequenceView(self._view, index)
+        return found
+
+    def _show(self, index: int, shown: list[Shown]) -> None:
+        for fields, logprobs in shown:
+            padding = ""
+            if self._view.wishes.obfuscate:
+                padding = secrets.token_urlsafe(_OBFUSCATION_LEN)[: 1 + secrets.randbelow(16)]
+            self._write(self._template.shown(index, fields, logprobs, padding))
 
 
 def _limit_kernel_buffer(transport: asyncio.Transport) -> None:

@@ -33,6 +33,8 @@ log = logging.getLogger("headrace.gateway")
 
 #: Without a router, a worker found dead is tried again after this.
 _RETRY_FAILED_S = 5.0
+#: What the loop's clock may be behind: uvloop's has whole milliseconds.
+_CLOCK_S = 0.01
 #: Prompts that begin with the same so many blocks are of one family.
 FAMILY_BLOCKS = 4
 
@@ -114,6 +116,7 @@ class RouterPeer:
     async def route(self, query: RouteQuery) -> Plan:
         """A worker for `query`, with a reservation that must be released.
 
+        It may have to wait, as long as the query has time, while every worker is busy.
         Raises the router's error, Unavailable when nobody serves the model, or
         DeadlineExceeded when the query's own time is over.
         """
@@ -130,10 +133,15 @@ class RouterPeer:
                 continue
             left_s = end - loop.time()
             try:
-                result = await router.call(call, timeout_s=min(self._timeout_s, left_s))
+                result = await router.call(
+                    call, timeout_s=min(self._timeout_s, left_s), patience_s=left_s
+                )
             except DeadlineExceeded as error:
+                if not isinstance(error.__cause__, TimeoutError):
+                    # The router's own word: no worker would be free in time.
+                    raise
                 self._disown(router, call_id)
-                if left_s <= self._timeout_s:
+                if loop.time() >= end - _CLOCK_S:
                     raise
                 router.is_slow, failure = True, error
             except Unavailable as error:

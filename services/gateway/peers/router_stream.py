@@ -62,6 +62,7 @@ class RouterStream:
         stub = RouterServiceStub(self._channel)
         self._codec = _Codec(gateway_id, self.book, self._hear)
         self._calls = CallClient(f"router {address}", stub.Route, self._codec, on_lost=self._lose)
+        self._codec.on_waiting = self._calls.be_patient
 
     @property
     def connected(self) -> bool:
@@ -79,9 +80,14 @@ class RouterStream:
         await self._calls.close()
         await self._channel.close()
 
-    async def call(self, call: pb.RouteCall, *, timeout_s: float) -> pb.RouteResult:
-        """Ask it. Raises its error, Unavailable when it was lost, DeadlineExceeded."""
-        return await self._calls.call(call, timeout_s=timeout_s)
+    async def call(
+        self, call: pb.RouteCall, *, timeout_s: float, patience_s: float
+    ) -> pb.RouteResult:
+        """Ask it. Raises its error, Unavailable when it was lost, DeadlineExceeded.
+
+        It has `patience_s` for a call that it lets wait for a worker: it says so at once.
+        """
+        return await self._calls.call(call, timeout_s=timeout_s, patience_s=patience_s)
 
     def give_up(self) -> None:
         """Calls in flight fail with Unavailable: another router shall be asked."""
@@ -156,6 +162,8 @@ class _Codec(ClientCodec[pb.RouteRequest, pb.RouteResponse, pb.RouteCall, pb.Rou
         on_response: Callable[[tuple[FleetModel, ...] | None], None],
     ) -> None:
         self.failures: list[tuple[Worker, str]] = []
+        #: Called with each call that the router lets wait for a worker.
+        self.on_waiting: Callable[[int], None] = lambda _: None
         self._gateway_id = gateway_id
         self._book = book
         self._on_response = on_response
@@ -199,6 +207,8 @@ class _Codec(ClientCodec[pb.RouteRequest, pb.RouteResponse, pb.RouteCall, pb.Rou
         self, response: pb.RouteResponse
     ) -> tuple[Iterable[pb.RouteResult], Sequence[types_pb2.Chunk]]:
         self._on_response(_fleet(response.fleet) if response.HasField("fleet") else None)
+        for call_id in response.waiting:
+            self.on_waiting(call_id)
         return response.results, ()
 
     def parse_result(self, data: bytes) -> pb.RouteResult:

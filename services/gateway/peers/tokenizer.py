@@ -7,11 +7,12 @@ limit. It keeps no table and knows no worker.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import grpc
 
-from headrace.blocks import ID_LEN, TOKEN_LEN, pack_tokens
+from headrace.blocks import ID_LEN, TOKEN_LEN, pack_tokens, unpack_tokens
 from headrace.errors import DeadlineExceeded, Internal, Unavailable
 from headrace.rpc.calls import CallClient, ClientCodec
 from headrace.rpc.errors import from_rpc
@@ -45,6 +46,15 @@ class Encoded:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids) // TOKEN_LEN
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedTokenizer:
+    """A tokenizer that the service has."""
+
+    digest: str
+    #: The chat template's source, that for tools if there are two; empty: none.
+    chat_template: str
 
 
 class TokenizerPeer:
@@ -82,33 +92,60 @@ class TokenizerPeer:
         Raises the service's error, DeadlineExceeded, or Unavailable when no
         service answers for as long as this peer waits.
         """
-        limit_s = min(self._timeout_s, timeout_s)
-        call = pb.TokenizeCall(
-            id=self._calls.next_id(),
-            traceparent=traceparent,
-            timeout_ms=max(1, int(limit_s * 1000)),
-            encode=_encode_request(request, card, namespace_key),
-        )
-        try:
-            result = await self._calls.call(call, timeout_s=limit_s)
-        except DeadlineExceeded as error:
-            if limit_s < timeout_s:
-                raise Unavailable(error.message, retry_after_ms=1000) from error
-            raise
-        answer = result.encode
+        encode = _encode_request(request, card, namespace_key)
+        call = pb.TokenizeCall(traceparent=traceparent, encode=encode)
+        answer = (await self._call(call, timeout_s)).encode
         if not answer.token_ids or len(answer.block_ids) % ID_LEN:
             raise Internal
         return Encoded(answer.token_ids, answer.block_ids, answer.tokenizer_digest)
 
-    async def digests(self) -> dict[str, str]:
-        """Tokenizer digests by model, as the service has them. Raises a HeadraceError."""
+    async def render(
+        self, request: GenerationRequest, model: str, *, timeout_s: float, traceparent: str = ""
+    ) -> str:
+        """The text that the model's template makes of the request's chat. Raises as `encode`."""
+        call = pb.TokenizeCall(traceparent=traceparent)
+        call.render_chat.model = model
+        _fill_chat(call.render_chat.chat, request)
+        return (await self._call(call, timeout_s)).render_chat.text
+
+    async def encode_words(
+        self, words: Sequence[str], model: str, *, timeout_s: float
+    ) -> list[tuple[int, ...]]:
+        """The ids of each of `words`, nothing put around them. Raises as `encode`."""
+        call = pb.TokenizeCall()
+        call.encode_batch.model = model
+        call.encode_batch.texts.extend(word.encode() for word in words)
+        call.encode_batch.skip_special_tokens = True
+        answer = (await self._call(call, timeout_s)).encode_batch
+        ids, counts = unpack_tokens(answer.token_ids), unpack_tokens(answer.counts)
+        if len(counts) != len(words) or sum(counts) != len(ids):
+            raise Internal
+        ends = list(accumulate(counts))
+        return [tuple(ids[end - n : end]) for end, n in zip(ends, counts, strict=True)]
+
+    async def _call(self, call: pb.TokenizeCall, timeout_s: float) -> pb.TokenizeResult:
+        limit_s = min(self._timeout_s, timeout_s)
+        call.id = self._calls.next_id()
+        call.timeout_ms = max(1, int(limit_s * 1000))
+        try:
+            return await self._calls.call(call, timeout_s=limit_s)
+        except DeadlineExceeded as error:
+            if limit_s < timeout_s:
+                raise Unavailable(error.message, retry_after_ms=1000) from error
+            raise
+
+    async def loaded(self) -> dict[str, LoadedTokenizer]:
+        """What the service has, by model. Raises a HeadraceError."""
         try:
             answer = await self._stub.ListTokenizers(
                 pb.ListTokenizersRequest(), timeout=_UNARY_TIMEOUT_S
             )
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error, self._name) from error
-        return {entry.model: entry.tokenizer_digest for entry in answer.tokenizers}
+        return {
+            entry.model: LoadedTokenizer(entry.tokenizer_digest, entry.chat_template)
+            for entry in answer.tokenizers
+        }
 
     async def table(self, model: str) -> DetokenizerTable:
         """How `model`'s tokens become text. Raises a HeadraceError, or ValueError for nonsense."""
@@ -136,14 +173,26 @@ def _encode_request(
         max_tokens=card.context_len,
     )
     if request.messages is not None:
-        encode.chat.add_generation_prompt = True
-        for message in request.messages:
-            encode.chat.messages.add(role=message.role, content=message.content)
+        _fill_chat(encode.chat, request)
     elif request.token_ids is not None:
         encode.token_ids = pack_tokens(request.token_ids)
     else:
         encode.text = request.prompt or ""
+        encode.skip_special_tokens = not request.add_special_tokens
     return encode
+
+
+def _fill_chat(chat: pb.ChatTemplateInput, request: GenerationRequest) -> None:
+    chat.add_generation_prompt = request.add_generation_prompt
+    if request.tools_json:
+        chat.tools_json = request.tools_json.encode()
+    if request.template_args_json:
+        chat.template_args_json = request.template_args_json.encode()
+    for message in request.messages or ():
+        if message.message_json:
+            chat.messages.add(message_json=message.message_json.encode())
+        else:
+            chat.messages.add(role=message.role, content=message.content)
 
 
 def _table_content(model: str, data: bytes) -> TableContent:

@@ -122,6 +122,8 @@ class TokenizerSpec:
     #: Decoding drops one space at the text's start.
     strips_first_space: bool = False
     chat_template: str | None = None
+    #: Taken in its place when tools are given.
+    tool_template: str | None = None
     #: What the template may name: "bos_token" -> "<s>".
     named_tokens: Mapping[str, str] = field(default_factory=dict)
 

@@ -73,7 +73,7 @@ class Holder:
         for tier, manager in self._managers.items():
             taken = manager.allocate(count)
             for block in taken:
-                manager.register(block, self._chance.randbytes(16))
+                manager.register([block], [self._chance.randbytes(16)])
             manager.release(taken)
             stored, removed = manager.take_changes()
             self.publisher.on_change(stored, removed, tier)

@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from headrace import registry
 from headrace.errors import StartupError
@@ -94,3 +95,12 @@ def test_a_bad_address_names_the_flag(address: str) -> None:
 def test_a_redis_that_is_not_there_names_the_flag(url: str) -> None:
     with pytest.raises(StartupError, match="--redis"):
         ports.check_redis(url)
+
+
+def test_several_gateways_share_both_ports() -> None:
+    found = specs_of(structs.replace(EMBEDDED, num_gateways=3))
+    gateways = [spec for spec in found.values() if spec.role == "gateway"]
+    assert [spec.name for spec in gateways] == ["gateway-0", "gateway-1", "gateway-2"]
+    assert {spec.argv for spec in gateways} == {gateways[0].argv}
+    assert "--reuse-port" in gateways[0].argv
+    assert {spec.probe for spec in gateways} == {"status"}

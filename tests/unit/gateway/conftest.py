@@ -78,6 +78,9 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         self.encodes: list[Any] = []
         self.num_lists = 0
         self.strips_first_space = False
+        #: What a template writes to open an answer; its source.
+        self.opening = ""
+        self.template = ""
         self.answers = asyncio.Event()
         self.answers.set()
 
@@ -91,13 +94,22 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
     async def encode(self, call: Any) -> Any:
         self.encodes.append(call)
         await self.answers.wait()
+        if call.HasField("render_chat"):
+            text = self.chat_text(call.render_chat.chat)
+            answer = tokenizer_pb2.RenderChatResponse(text=text)
+            return tokenizer_pb2.TokenizeResult(id=call.id, render_chat=answer)
+        if call.HasField("encode_batch"):
+            texts = call.encode_batch.texts
+            answer = tokenizer_pb2.EncodeBatchResponse(
+                token_ids=pack_tokens([*b"".join(texts)]), counts=pack_tokens(map(len, texts))
+            )
+            return tokenizer_pb2.TokenizeResult(id=call.id, encode_batch=answer)
         encode = call.encode
         given = encode.WhichOneof("input")
         if given == "token_ids":
             packed = encode.token_ids
         elif given == "chat":
-            text = "".join(f"{m.role}:{m.content}\n" for m in encode.chat.messages)
-            packed = pack_tokens(list(text.encode()))
+            packed = pack_tokens(list(self.chat_text(encode.chat).encode()))
         else:
             packed = pack_tokens(list(encode.text.encode()))
         ids = b"".join(block_ids(packed, encode.block_size, encode.namespace_key))
@@ -105,6 +117,10 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
             token_ids=packed, block_ids=ids, tokenizer_digest=self.digest
         )
         return tokenizer_pb2.TokenizeResult(id=call.id, encode=answer)
+
+    def chat_text(self, chat: Any) -> str:
+        text = "".join(f"{m.role}:{m.content}\n" for m in chat.messages)
+        return text + self.opening if chat.add_generation_prompt else text
 
     async def GetDetokenizerTable(self, request: Any, context: Any) -> AsyncIterator[Any]:
         pieces = [bytes([value]) for value in range(256)] + [b"<end>", b"<tool>"]
@@ -123,7 +139,9 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
 
     async def ListTokenizers(self, request: Any, context: Any) -> Any:
         self.num_lists += 1
-        info = tokenizer_pb2.TokenizerInfo(model="bytes", tokenizer_digest=self.digest)
+        info = tokenizer_pb2.TokenizerInfo(
+            model="bytes", tokenizer_digest=self.digest, chat_template=self.template
+        )
         return tokenizer_pb2.ListTokenizersResponse(tokenizers=[info])
 
 

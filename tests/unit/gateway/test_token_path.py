@@ -19,6 +19,21 @@ from services.gateway.ids import new_request_id
 TOKENS_PER_FRAME = 64
 
 
+class Call:
+    """What a sink writes to, without a connection."""
+
+    is_blocked = False
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+
+    def send(self, message: bytes) -> None:
+        self.sent.append(message)
+
+    def wait_for_room(self) -> None:
+        raise AssertionError("there is room")
+
+
 def calls_of(function: Any, *arguments: Any) -> Counter[str]:
     """How often `function` calls what, by module and name; C functions too."""
     calls: Counter[str] = Counter()
@@ -42,13 +57,14 @@ async def test_no_asyncio_primitive_is_touched_per_token(mesh: Any, stop: tuple[
     await mesh.start(num_workers=1)
     worker = mesh.workers[0]
     worker.allowance = 0
-    sinks = [CallSink(1 << 20) for _ in range(TOKENS_PER_FRAME // 16)]
-    for sink in sinks:
+    edges = [Call() for _ in range(TOKENS_PER_FRAME // 16)]
+    for call in edges:
         sampling = SamplingParams(max_tokens=10_000)
         request = GenerationRequest(
             new_request_id(), "bytes", prompt="hello", n=16, stop=stop, sampling=sampling
         )
-        await mesh.pipeline.start(request, sink, INVALID_SPAN)
+        sink = CallSink(request, call, 1 << 20)
+        sink.generation = await mesh.pipeline.start(request, sink, INVALID_SPAN)
     await mesh.eventually(lambda: len(worker.submissions) == TOKENS_PER_FRAME)
     (stream,) = mesh.pipeline._workers._channels
     slots = sorted(submission.slot for submission in worker.submissions)
@@ -64,6 +80,7 @@ async def test_no_asyncio_primitive_is_touched_per_token(mesh: Any, stop: tuple[
     per_token = {name: count for name, count in calls.items() if count >= TOKENS_PER_FRAME}
     assert any("on_tokens" in name for name in per_token)
     assert any("on_delta" in name for name in per_token)
+    assert sum(len(call.sent) for call in edges) == 2 * TOKENS_PER_FRAME
     not_ours = ("asyncio", "concurrent", "contextvars", "uvloop", "_asyncio", "grpc")
     assert not [name for name in per_token if name.startswith(not_ours)]
     touched = sum(count for name, count in calls.items() if name.startswith(not_ours))

@@ -13,10 +13,15 @@ import pytest
 import uvloop
 from aiohttp import web
 
+from headrace.blocks import pack_tokens
 from headrace.errors import HeadraceError, NotFound
+from headrace.logprobs import TokenLogprobs, pack
+from headrace.registry import ModelCard
 from headrace.telemetry import Span
 from services.gateway.generation import GenerationRequest, ServedModel, Sink, Usage
 from services.gateway.http.app import create_app
+from services.gateway.modalities import check_modality
+from services.gateway.parsers import AnswerFormat
 
 MODEL = "org/echo"
 DEADLINE_S = 20.0
@@ -25,6 +30,16 @@ DEADLINE_S = 20.0
 def pytest_asyncio_loop_factories(config: Any, item: Any) -> dict[str, Any]:
     """The loop that the gateway runs on: its transports have ways of their own."""
     return {"uvloop": uvloop.new_event_loop}
+
+
+class Words:
+    """The vocabulary of a prompt: an id is a word's place in it."""
+
+    def __init__(self, words: list[str]) -> None:
+        self._words = words
+
+    def spelled(self, token_id: int) -> bytes:
+        return self._words[token_id].encode() if token_id < len(self._words) else b""
 
 
 class EchoGeneration:
@@ -37,6 +52,8 @@ class EchoGeneration:
         self._pipeline = pipeline
         self._sink = sink
         self._words = _words(request)
+        self.vocabulary = Words(self._words)
+        self.prompt_ids = pack_tokens(range(len(self._words)))
         self._loop = asyncio.get_running_loop()
         self._loop.call_soon(self._step)
 
@@ -67,8 +84,17 @@ class EchoGeneration:
             self.num_steps += 1
             word = self._words[step % len(self._words)]
             for index in range(self.request.n):
-                self._sink.on_delta(index, word, [step])
+                self._sink.on_delta(index, word, [step], self._scores(step, index))
             self._loop.call_soon(self._step)
+
+    def _scores(self, step: int, index: int) -> bytes:
+        """The later the sequence, the likelier its tokens."""
+        count = self.request.sampling.logprobs
+        if count is None:
+            return b""
+        token = step % len(self._words)
+        top = [((token + rank) % len(self._words), -0.5 - rank) for rank in range(count)]
+        return pack([TokenLogprobs((token, -1.0 / (1 + index)), top)])
 
     def _end(self, reason: Any) -> None:
         for index in range(self.request.n):
@@ -82,6 +108,7 @@ class EchoPipeline:
     """A pipeline whose model repeats what it is told."""
 
     is_up: bool = True
+    format: AnswerFormat = field(default_factory=AnswerFormat)
     served: bool = True
     #: Sequences end here, whatever was asked.
     max_steps: int = 10**9
@@ -109,6 +136,14 @@ class EchoPipeline:
         if not self.served:
             return []
         return [ServedModel(MODEL, 1700000000, 2048, 1, "rev", "digest", 16, ("text",))]
+
+    def answer_format(self, model: str) -> AnswerFormat:
+        return self.format
+
+    def check_serves(self, model: str, modality: str) -> None:
+        if model != MODEL:
+            raise NotFound(f"no worker serves {model!r}", field="model")
+        check_modality(ModelCard(MODEL, "rev", "digest", 2048, 16), modality)
 
     def is_ready(self) -> bool:
         return self.is_up

@@ -133,7 +133,7 @@ async def test_content_type_does_not_matter(edge: Any, connect: Any) -> None:
     ("method", "path", "status", "code"),
     [
         ("GET", "/", 404, "unknown_url"),
-        ("GET", "/v1/embeddings", 404, "unknown_url"),
+        ("GET", "/v1/nothing", 404, "unknown_url"),
         ("POST", "/v1/chat/completions/", 404, "unknown_url"),
         ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
         ("DELETE", "/v1/models", 405, "method_not_allowed"),

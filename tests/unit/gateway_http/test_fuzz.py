@@ -11,13 +11,34 @@ from hypothesis import strategies as st
 
 from headrace.errors import InvalidArgument
 from services.gateway.http.errors import error_body, problem_of
-from services.gateway.http.parse import ParsedRequest, parse_chat, parse_completion
-from services.gateway.http.schema import ChatBody, CompletionBody, ContentPart, Message
+from services.gateway.http.parse import parse_chat, parse_completion
+from services.gateway.http.request import ParsedRequest
+from services.gateway.http.schema import (
+    ChatBody,
+    CompletionBody,
+    ContentPart,
+    FunctionDefinition,
+    Message,
+    ResponseFormat,
+    Tool,
+    ToolCall,
+    ToolChoice,
+)
 
 NAMES = sorted(
     {
         name
-        for struct in (ChatBody, CompletionBody, Message, ContentPart)
+        for struct in (
+            ChatBody,
+            CompletionBody,
+            ContentPart,
+            FunctionDefinition,
+            Message,
+            ResponseFormat,
+            Tool,
+            ToolCall,
+            ToolChoice,
+        )
         for name in struct.__struct_fields__
     }
     | {"", "foo", "include_usage"}

@@ -11,7 +11,8 @@ from openai.types.chat import completion_create_params as chat_params
 
 from headrace.errors import InvalidArgument
 from headrace.params import SamplingParams
-from services.gateway.http.parse import ParsedRequest, parse_chat, parse_completion
+from services.gateway.http.parse import parse_chat, parse_completion
+from services.gateway.http.request import ParsedRequest, ToolUse
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION = {"model": "m", "prompt": "hi"}
@@ -66,8 +67,64 @@ WORKS = [
     ("logit_bias", {"50": 100, "7": -0.5}, "sampling.logit_bias", ((7, -0.5), (50, 100.0))),
     ("min_tokens", 3, "sampling.min_tokens", 3),
     ("min_tokens", None, "sampling.min_tokens", 0),
+    ("bad_words", ["ugly"], "bad_words", ("ugly",)),
+    ("prompt_logprobs", 3, "sampling.prompt_logprobs", 3),
+    ("skip_special_tokens", False, "skip_special_tokens", False),
+    ("priority", -7, "priority", -7),
 ]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+OTHER = {"type": "function", "function": {"name": "g"}}
+SCHEMA = {"name": "s", "schema": {"type": "object", "b": 1, "a": 2}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
 CHAT_WORKS = [
+    ("logprobs", True, "sampling.logprobs", 0),
+    ("metadata", {"a": "b"}, "n", 1),
+    ("parallel_tool_calls", False, "n", 1),
+    ("reasoning_effort", "high", "template_args_json", '{"reasoning_effort":"high"}'),
+    ("reasoning_effort", "none", "template_args_json", '{"enable_thinking":false}'),
+    (
+        "chat_template_kwargs",
+        {"enable_thinking": True},
+        "template_args_json",
+        '{"enable_thinking":true}',
+    ),
+    ("response_format", {"type": "json_object"}, "output_format.kind", "json_object"),
+    (
+        "response_format",
+        {"type": "json_schema", "json_schema": SCHEMA},
+        "output_format.schema_json",
+        '{"type":"object","b":1,"a":2}',
+    ),
+    ("tools", [TOOL, OTHER], "tools_json", json.dumps([TOOL, OTHER]).replace('}, {"ty', '},{"ty')),
+    ("add_generation_prompt", False, "add_generation_prompt", False),
+    ("continue_final_message", True, "continue_final_message", True),
+    ("continue_final_message", True, "add_generation_prompt", False),
+    ("messages", [{"role": "user", "content": "x"}], "messages.0.message_json", ""),
+    (
+        "messages",
+        [{"role": "user", "content": "x", "name": "Ann"}],
+        "messages.0.message_json",
+        '{"role":"user","content":"x","name":"Ann"}',
+    ),
+    (
+        "messages",
+        [{"role": "assistant", "content": None, "tool_calls": [CALL]}],
+        "messages.0.message_json",
+        '{"role":"assistant","content":"","tool_calls":[{"id":"c1","type":"function",'
+        '"function":{"name":"f","arguments":{"x":1}}}]}',
+    ),
+    (
+        "messages",
+        [{"role": "tool", "content": "22", "tool_call_id": "c1"}],
+        "messages.0.message_json",
+        '{"role":"tool","content":"22","tool_call_id":"c1"}',
+    ),
+    (
+        "messages",
+        [{"role": "assistant", "content": "y", "reasoning_content": "hm"}],
+        "messages.0.message_json",
+        '{"role":"assistant","content":"y","reasoning_content":"hm"}',
+    ),
     ("max_completion_tokens", 9, "sampling.max_tokens", 9),
     ("max_tokens", None, "sampling.max_tokens", None),
     ("prompt_cache_key", "family", "session_id", "family"),
@@ -87,8 +144,8 @@ CHAT_WORKS = [
     ("response_format", {"type": "text"}, "n", 1),
     ("service_tier", "auto", "n", 1),
     ("store", False, "n", 1),
-    ("tool_choice", "none", "n", 1),
-    ("tools", [], "n", 1),
+    ("tool_choice", "none", "tools_json", ""),
+    ("tools", [], "tools_json", ""),
     ("top_logprobs", 0, "n", 1),
     ("verbosity", "medium", "n", 1),
     ("web_search_options", None, "n", 1),
@@ -105,14 +162,21 @@ CHAT_WORKS = [
 COMPLETION_WORKS = [
     ("max_tokens", None, "sampling.max_tokens", 16),
     ("best_of", 1, "n", 1),
+    ("best_of", 3, "n", 3),
+    ("best_of", 3, "sampling.logprobs", 0),
     ("echo", False, "n", 1),
-    ("logprobs", None, "n", 1),
+    ("echo", True, "n", 1),
+    ("logprobs", None, "sampling.logprobs", None),
+    ("logprobs", 0, "sampling.logprobs", 0),
+    ("add_special_tokens", False, "add_special_tokens", False),
     ("suffix", None, "n", 1),
     ("prompt", "x", "prompt", "x"),
     ("prompt", ["x"], "prompt", "x"),
     ("prompt", [1, 2], "token_ids", (1, 2)),
     ("prompt", [7], "token_ids", (7,)),
     ("prompt", [[1, 2]], "token_ids", (1, 2)),
+    ("prompt", ["a", "b"], "request_id", "req-1-0"),
+    ("prompt", [[1], "b"], "token_ids", (1,)),
 ]
 
 #: Parameter, value, the param that the refusal names.
@@ -166,11 +230,44 @@ REFUSED = [
     ("logit_bias", {str(token): 1 for token in range(1025)}, "logit_bias"),
     ("min_tokens", -1, "min_tokens"),
     ("min_tokens", 1 << 32, "min_tokens"),
+    ("bad_words", [""], "bad_words[0]"),
+    ("bad_words", ["a"] * 129, "bad_words"),
+    ("prompt_logprobs", 21, "prompt_logprobs"),
+    ("prompt_logprobs", -1, "prompt_logprobs"),
+    ("priority", 101, "priority"),
+    ("priority", -(10**400), "priority"),
+    ("skip_special_tokens", 1, "skip_special_tokens"),
     ("foo", None, "foo"),
     ("", 1, ""),
     ("x" * 100_000, 1, "x" * 64 + "…"),
 ]
 CHAT_REFUSED = [
+    ("logprobs", 3, "logprobs"),
+    ("top_logprobs", 21, "top_logprobs"),
+    ("metadata", {"k" * 65: "v"}, "metadata"),
+    ("metadata", {str(i): "v" for i in range(17)}, "metadata"),
+    ("reasoning_effort", "huge", "reasoning_effort"),
+    ("response_format", {"type": "xml"}, "response_format.type"),
+    ("response_format", {"type": "json_schema"}, "response_format.json_schema"),
+    (
+        "response_format",
+        {"type": "json_schema", "json_schema": {"name": "s"}},
+        "response_format.json_schema.schema",
+    ),
+    ("tools", [{}], "tools[0].type"),
+    ("tools", [{"type": "function"}], "tools[0].function"),
+    ("tools", [{"type": "custom", "custom": {"name": "c"}}], "tools[0].type"),
+    ("tools", [{"type": "function", "function": {"name": "a b"}}], "tools[0].function.name"),
+    ("tools", [{"type": "function", "function": {"name": ""}}], "tools[0].function.name"),
+    ("tools", [TOOL, TOOL], "tools"),
+    ("tools", [3], "tools[0]"),
+    (
+        "tools",
+        [{"type": "function", "function": {"name": "f", "parameters": 3}}],
+        "tools[0].function.parameters",
+    ),
+    ("add_special_tokens", True, "add_special_tokens"),
+    ("chat_template_kwargs", [], "chat_template_kwargs"),
     ("messages", [], "messages"),
     ("messages", None, "messages"),
     ("messages", "hi", "messages"),
@@ -180,33 +277,33 @@ CHAT_REFUSED = [
     ("audio", {"voice": "alloy", "format": "wav"}, "audio"),
     ("function_call", "auto", "function_call"),
     ("functions", [{"name": "f"}], "functions"),
-    ("logprobs", True, "logprobs"),
-    ("metadata", {"a": "b"}, "metadata"),
     ("modalities", ["text", "audio"], "modalities"),
     ("moderation", {"model": "m"}, "moderation"),
-    ("parallel_tool_calls", False, "parallel_tool_calls"),
     ("prediction", {"type": "content", "content": "x"}, "prediction"),
     ("prompt_cache_options", {"mode": "explicit"}, "prompt_cache_options"),
     ("prompt_cache_retention", "24h", "prompt_cache_retention"),
-    ("reasoning_effort", "high", "reasoning_effort"),
-    ("response_format", {"type": "json_object"}, "response_format"),
     ("service_tier", "flex", "service_tier"),
     ("store", True, "store"),
     ("tool_choice", "auto", "tool_choice"),
     ("tool_choice", {"type": "function", "function": {"name": "f"}}, "tool_choice"),
-    ("tools", [{"type": "function", "function": {"name": "f"}}], "tools"),
     ("top_logprobs", 2, "top_logprobs"),
     ("verbosity", "low", "verbosity"),
     ("web_search_options", {}, "web_search_options"),
 ]
 COMPLETION_REFUSED = [
+    ("prompt", ["a", ""], "prompt[1]"),
+    ("prompt", [[1], [1 << 32]], "prompt[1][0]"),
+    ("prompt", ["a"] * 65, "prompt"),
+    ("best_of", 17, "best_of"),
+    ("best_of", 0, "best_of"),
+    ("logprobs", 21, "logprobs"),
+    ("logprobs", True, "logprobs"),
+    ("tools", [], "tools"),
     ("prompt", "", "prompt"),
     ("prompt", [], "prompt"),
     ("prompt", [""], "prompt"),
     ("prompt", [[]], "prompt"),
     ("prompt", None, "prompt"),
-    ("prompt", ["a", "b"], "prompt"),
-    ("prompt", [[1], [2]], "prompt"),
     ("prompt", [1, "a"], "prompt"),
     ("prompt", [1, -1], "prompt[1]"),
     ("prompt", [1 << 32], "prompt[0]"),
@@ -215,16 +312,28 @@ COMPLETION_REFUSED = [
     ("prompt", {"a": 1}, "prompt"),
     ("max_completion_tokens", 5, "max_completion_tokens"),
     ("messages", [], "messages"),
-    ("best_of", 3, "best_of"),
-    ("echo", True, "echo"),
-    ("logprobs", 0, "logprobs"),
     ("logprobs", False, "logprobs"),
     ("suffix", "end", "suffix"),
 ]
 
 #: Fields of a message, and what the refusal names.
 MESSAGE_REFUSED = [
-    ({"role": "tool"}, "messages[0].role"),
+    ({"role": "function"}, "messages[0].role"),
+    ({"role": "tool", "content": None}, "messages[0].content"),
+    ({"tool_calls": [CALL]}, "messages[0].tool_calls"),
+    ({"role": "assistant", "content": None}, "messages[0].content"),
+    (
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
+        "messages[0].tool_calls[0].function.arguments",
+    ),
+    (
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[]"}}]},
+        "messages[0].tool_calls[0].function.arguments",
+    ),
+    (
+        {"role": "assistant", "tool_calls": [{**CALL, "type": "custom"}]},
+        "messages[0].tool_calls[0].type",
+    ),
     ({"role": "narrator"}, "messages[0].role"),
     ({"role": 3}, "messages[0].role"),
     ({"content": None}, "messages[0].content"),
@@ -247,11 +356,10 @@ MESSAGE_REFUSED = [
         {"content": [{"type": "text", "text": "", "prompt_cache_breakpoint": {}}]},
         "messages[0].content[0].prompt_cache_breakpoint",
     ),
-    ({"name": "Ann"}, "messages[0].name"),
     ({"refusal": "no"}, "messages[0].refusal"),
     ({"audio": {"id": "x"}}, "messages[0].audio"),
     ({"function_call": {}}, "messages[0].function_call"),
-    ({"tool_calls": [{}]}, "messages[0].tool_calls"),
+    ({"tool_calls": [{}]}, "messages[0].tool_calls[0].function"),
     ({"tool_call_id": "x"}, "messages[0].tool_call_id"),
     ({"foo": 1}, "messages[0].foo"),
 ]
@@ -294,7 +402,8 @@ def test_streaming() -> None:
     parsed = completion(stream=True, stream_options={"include_usage": True})
     assert (parsed.stream, parsed.include_usage) == (True, True)
     assert not chat(stream=True, stream_options={"include_obfuscation": False}).include_usage
-    for options in ({"include_obfuscation": True}, {"foo": 1}, {"include_usage": 1}):
+    assert chat(stream=True, stream_options={"include_obfuscation": True}).wishes.obfuscate
+    for options in ({"foo": 1}, {"include_usage": 1}):
         with pytest.raises(InvalidArgument) as caught:
             chat(stream=True, stream_options=options)
         _names(caught.value, f"stream_options.{next(iter(options))}")
@@ -307,10 +416,91 @@ def test_both_names_of_max_tokens() -> None:
         chat(max_tokens=5, max_completion_tokens=6)
 
 
+#: tool_choice, the functions that the model is told of, whether one must be called, or what
+#: the refusal names.
+CHOICES: list[tuple[Any, list[str], bool | str]] = [
+    ("auto", ["f", "g"], False),
+    (None, ["f", "g"], False),
+    ("required", ["f", "g"], True),
+    ({"type": "function", "function": {"name": "g"}}, ["g"], True),
+    (
+        {
+            "type": "allowed_tools",
+            "allowed_tools": {
+                "mode": "required",
+                "tools": [{"type": "function", "function": {"name": "f"}}],
+            },
+        },
+        ["f"],
+        True,
+    ),
+    ("some", [], "tool_choice"),
+    ({"type": "function"}, [], "tool_choice"),
+    ({"type": "custom", "custom": {}}, [], "tool_choice"),
+    ({"type": "function", "function": {"name": "h"}}, [], "tool_choice.function.name"),
+    (
+        {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}},
+        [],
+        "tool_choice.allowed_tools.tools",
+    ),
+    (
+        {"type": "allowed_tools", "allowed_tools": {"mode": "x", "tools": [TOOL]}},
+        [],
+        "tool_choice.allowed_tools.tools[0].function.parameters",
+    ),
+]
+
+
+@pytest.mark.parametrize(("choice", "names", "must"), CHOICES)
+def test_tool_choice(choice: Any, names: list[str], must: bool | str) -> None:
+    if isinstance(must, str):
+        with pytest.raises(InvalidArgument) as caught:
+            chat(tools=[TOOL, OTHER], tool_choice=choice)
+        _names(caught.value, must)
+        return
+    parsed = chat(tools=[TOOL, OTHER], tool_choice=choice)
+    assert parsed.wishes.tools == ToolUse(tuple(names), must)
+    told = json.loads(parsed.generation.tools_json)
+    assert [tool["function"]["name"] for tool in told] == names
+
+
+def test_tools_that_may_not_be_called_are_not_told_of() -> None:
+    parsed = chat(tools=[TOOL], tool_choice="none")
+    assert parsed.wishes.tools is None
+    assert parsed.generation.tools_json == ""
+    with pytest.raises(InvalidArgument, match="needs tools"):
+        chat(tool_choice="auto")
+
+
+def test_several_prompts() -> None:
+    parsed = completion(prompt=["a", "b"], n=2)
+    assert [g.prompt for g in parsed.generations] == ["a", "b"]
+    assert parsed.num_choices == 4
+    assert len({g.request_id for g in parsed.generations}) == 2
+
+
+def test_scoring_a_prompt_alone() -> None:
+    parsed = completion(echo=True, max_tokens=0, logprobs=2)
+    assert parsed.wishes.echo_only
+    assert parsed.generation.sampling.max_tokens == 1
+    assert parsed.generation.sampling.prompt_logprobs == 2
+
+
+def test_an_answer_to_continue() -> None:
+    for other in ({"add_generation_prompt": True}, {"tools": [TOOL], "tool_choice": "required"}):
+        with pytest.raises(InvalidArgument, match="continue_final_message and"):
+            chat(continue_final_message=True, **other)
+
+
 def test_best_of_all() -> None:
     assert completion(n=3, best_of=3).generation.n == 3
-    with pytest.raises(InvalidArgument, match="best_of"):
-        completion(n=3, best_of=5)
+    assert completion(n=3, best_of=3).wishes.num_best is None
+    assert completion(n=3, best_of=5).generation.n == 5
+    assert completion(n=3, best_of=5).wishes.num_best == 3
+    with pytest.raises(InvalidArgument, match=r"best_of must be in \[3, 16\]"):
+        completion(n=3, best_of=2)
+    with pytest.raises(InvalidArgument, match="in a stream"):
+        completion(n=3, best_of=5, stream=True)
 
 
 def test_defaults() -> None:
@@ -337,10 +527,11 @@ def test_texts() -> None:
             "n must be in [1, 16], not an integer of 13288 bits",
         ),
         ({"temperature": 10**400}, "temperature: number out of range"),
-        ({"tools": [{}]}, "tools is not supported yet: leave it out"),
+        ({"tools": [{}]}, "tools[0].type is required"),
+        ({"prediction": {}}, "prediction is not supported yet: leave it out"),
         (
             {"messages": [{"role": "x", "content": ""}]},
-            "messages[0].role must be one of system, developer, user, assistant, not 'x'",
+            "messages[0].role must be one of system, developer, user, assistant, tool, not 'x'",
         ),
     ]:
         with pytest.raises(InvalidArgument) as caught:

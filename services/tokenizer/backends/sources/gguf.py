@@ -82,6 +82,7 @@ class _Reader:
                 ),
                 "pad_id": self._ids["padding_token_id"],
                 "chat_template": self._metadata.get("tokenizer.chat_template"),
+                "tool_template": self._metadata.get("tokenizer.chat_template.tool_use"),
                 "named_tokens": {
                     name: self._tokens[i]
                     for name, key in _NAMED.items()

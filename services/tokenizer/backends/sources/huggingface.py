@@ -64,7 +64,7 @@ def read_huggingface(directory: Path) -> TokenizerSpec:
         prefix_ids=prefix_ids,
         suffix_ids=suffix_ids,
         eos_token_ids=parts.eos_ids(directory, id_of.get(named.get("eos_token", ""))),
-        chat_template=parts.chat_template(directory, config),
+        **parts.chat_templates(directory, config),
         named_tokens=named,
         **_sides(content, config, id_of.get(named.get("pad_token", ""))),
         **fields,

@@ -60,15 +60,20 @@ def eos_ids(directory: Path, eos_id: int | None) -> tuple[int, ...]:
     return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 
-def chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, or what tokenizer_config.json has in its place."""
+def chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The spec's `chat_template` and `tool_template`: the first is chat_template.jinja, or what
+    tokenizer_config.json has in its place; the second a variant named `tool_use` there."""
     file = directory / "chat_template.jinja"
     if file.exists():
-        return file.read_text("utf-8")
+        return {"chat_template": file.read_text("utf-8")}
     template = config.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
+    if not isinstance(template, list):
+        return {"chat_template": template}
+    by_name = {entry["name"]: entry["template"] for entry in template}
+    return {
+        "chat_template": by_name.get("default"),
+        "tool_template": by_name.get("tool_use"),
+    }
 
 
 def _text(value: Any) -> str | None:

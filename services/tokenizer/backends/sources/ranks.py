@@ -74,7 +74,7 @@ def read_ranks(path: Path) -> TokenizerSpec:
         ignore_merges=True,
         eos_token_ids=parts.eos_ids(path.parent, id_of.get(named.get("eos_token", ""))),
         pad_id=id_of.get(named.get("pad_token", "")),
-        chat_template=parts.chat_template(path.parent, config),
+        **parts.chat_templates(path.parent, config),
         named_tokens=named,
     )
 
@@ -107,7 +107,7 @@ def read_tekken(path: Path) -> TokenizerSpec:
         prefix_ids=ids_if(True, id_of.get("<s>")),
         eos_token_ids=parts.eos_ids(path.parent, id_of.get("</s>")),
         pad_id=id_of.get("<pad>"),
-        chat_template=parts.chat_template(path.parent, beside),
+        **parts.chat_templates(path.parent, beside),
         named_tokens={name: text for name, text in named.items() if text in id_of},
     )
 

@@ -70,7 +70,7 @@ def read_sentencepiece(path: Path) -> TokenizerSpec:
         pad_id=found.get("pad_token"),
         eos_token_ids=parts.eos_ids(path.parent, found.get("eos_token")),
         strips_first_space=rules.add_dummy_prefix,
-        chat_template=parts.chat_template(path.parent, config),
+        **parts.chat_templates(path.parent, config),
         named_tokens={name: tokens[at] for name, at in found.items()} | named,
     )
 
