@@ -40,7 +40,8 @@ class Candidates:
         self._blanks: dict[WorkerKey, Candidate] = {}
         for hook in (reservations, peers):
             hook.on_change = self._changed
-        fleet.on_report.append(self._changed)
+        fleet.on_report.append(self._reported)
+        fleet.on_timing.append(lambda worker: self._changed(worker.key))
         fleet.on_leave.append(lambda _, worker: self._changed(worker.key))
 
     def of(
@@ -64,6 +65,13 @@ class Candidates:
             candidates.append(candidate)
         return candidates
 
+    def _reported(self, worker: Worker) -> None:
+        said, key = worker.load, worker.key
+        running = said.active_sequences + said.queued_sequences
+        reserved = self._reservations.load(key).sequences + self._peers.load(key).sequences
+        self._reservations.unreported.reported(key, max(0, reserved - running))
+        self._changed(key)
+
     def _changed(self, worker: WorkerKey) -> None:
         self._blanks.pop(worker, None)
         self.on_change()
@@ -74,12 +82,13 @@ class Candidates:
         return blank
 
     def _load(self, worker: Worker) -> Load:
-        """The larger of what is reserved and what is reported.
+        """What the worker reported, and what was reserved since.
 
-        A report is late by a hop and misses what was just sent; reservations, other
-        routers' with them, count a prompt as a whole until its first token. Blocks are
-        those that run, as reported, and those that prompts not yet computed will take:
-        summed over requests, a prefix that they share would count many times.
+        Of other routers it is not known how much of theirs is reported: it counts whole.
+        All that is reserved, prompts counted whole until their first token, bounds it,
+        unless somebody else uses the worker. Blocks are those that run, as reported,
+        and those that prompts not yet computed will take: summed over requests, a
+        prefix that they share would count many times.
         """
         said, card = worker.load, worker.card
         reserved = self._reservations.load(worker.key)
@@ -87,9 +96,10 @@ class Candidates:
         prefill_tokens = reserved.prefill_tokens + elsewhere.prefill_tokens
         sequences = reserved.sequences + elsewhere.sequences
         running = said.active_sequences + said.queued_sequences
-        queued = said.queued_prefill_tokens
-        if queued > prefill_tokens:
-            prefill_tokens = queued
+        known = said.queued_prefill_tokens + elsewhere.prefill_tokens
+        known += self._reservations.unreported.prefill_tokens(worker.key)
+        if known < prefill_tokens or running > sequences:
+            prefill_tokens = known
         return Load(
             prefill_tokens,
             running if running > sequences else sequences,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from headrace import blocks
 from headrace.registry import DEVICE_TIER, ModelCard, WorkerCard
 from services.router.counters import Counters
-from services.router.latency_model import LatencyModel, Totals, prior_of
+from services.router.latency_model import PEER_ROWS, LatencyModel, Timing, Totals, prior_of
 from services.router.prefix_index import SLICE_LEN, PrefixIndex
 from services.router.reservations import WorkerKey
 
@@ -92,6 +92,19 @@ class Refused:
 
 
 @dataclass(slots=True, eq=False)
+class Peers:
+    """Workers that should take equally long: what all their steps say together."""
+
+    latency: LatencyModel
+    #: Members whose own steps say nothing yet.
+    unmeasured: dict[str, Worker] = field(default_factory=dict)
+
+    def expected(self) -> Timing:
+        """Of a member that has computed nothing."""
+        return self.latency.timing._replace(calibrated=False)
+
+
+@dataclass(slots=True, eq=False)
 class Model:
     """One model and its workers by id."""
 
@@ -104,15 +117,16 @@ class Model:
     rival: ModelCard | None = None
     #: Decisions made.
     turn: int = 0
-    #: Members whose steps nobody has measured yet.
-    unmeasured: set[str] = field(default_factory=set)
+    #: What members of one engine and capacity have in common.
+    peers: dict[tuple[str, int, int], Peers] = field(default_factory=dict)
 
 
 class Fleet:
     """All models. `on_join`, `on_leave` and `on_change` are called after the change.
 
     `on_change` concerns what gateways are told: models, and workers to choose from;
-    `on_report` each word of a worker about its load.
+    `on_report` each word of a worker about its load; `on_timing` what is expected of one
+    that has said nothing itself.
     """
 
     def __init__(self) -> None:
@@ -122,7 +136,8 @@ class Fleet:
         self.on_join: list[Callable[[str, Worker], None]] = []
         self.on_leave: list[Callable[[str, Worker], None]] = []
         self.on_change: list[Callable[[], None]] = []
-        self.on_report: list[Callable[[WorkerKey], None]] = []
+        self.on_report: list[Callable[[Worker], None]] = []
+        self.on_timing: list[Callable[[Worker], None]] = []
 
     def set_model(self, card: ModelCard) -> None:
         """The model exists, and is registered with this card.
@@ -174,21 +189,20 @@ class Fleet:
         model = self.models[model_name]
         old = model.workers.pop(card.worker_id, None)
         model.refused.pop(card.worker_id, None)
-        siblings = (
-            other.latency.timing
-            for other in model.workers.values()
-            if other.card.engine == card.engine
-        )
-        prior = prior_of(card.engine, siblings)
-        worker = Worker(card, self.index.add_worker(), LatencyModel(prior))
+        peers = model.peers.get(_kind(card))
+        if peers is None:
+            peers = model.peers[_kind(card)] = Peers(LatencyModel(prior_of(card.engine)))
+        worker = Worker(card, self.index.add_worker(), LatencyModel(peers.expected()))
         if old is not None:
             self._forget_blocks(old)
-            worker.latency = LatencyModel(old.latency.timing)
+            model.peers[_kind(old.card)].unmeasured.pop(card.worker_id, None)
+            if old.latency.num_rows:
+                worker.latency.expect(old.latency.timing, PEER_ROWS)
             worker.resyncs = old.resyncs
             worker.reachable = old.reachable and old.card.address == card.address
         model.workers[card.worker_id] = worker
         if not worker.latency.timing.calibrated:
-            model.unmeasured.add(card.worker_id)
+            peers.unmeasured[card.worker_id] = worker
         if old is not None:
             for left in self.on_leave:
                 left(model_name, old)
@@ -201,10 +215,10 @@ class Fleet:
         """The worker is gone, with all it held. Unknown ids are ignored."""
         model = self.models[model_name]
         model.refused.pop(worker_id, None)
-        model.unmeasured.discard(worker_id)
         worker = model.workers.pop(worker_id, None)
         if worker is None:
             return
+        model.peers[_kind(worker.card)].unmeasured.pop(worker_id, None)
         self._forget_blocks(worker)
         for left in self.on_leave:
             left(model_name, worker)
@@ -287,30 +301,27 @@ class Fleet:
         worker.load = load
         self._measure(self.models[model_name], worker, load.totals)
         for reported in self.on_report:
-            reported(worker.key)
+            reported(worker)
         if was != (True, load.draining):
             log.info("worker %s answers%s", worker_id, ", draining" if load.draining else "")
             self._eligibility_changed(self.models[model_name])
 
     def _measure(self, model: Model, worker: Worker, totals: Totals) -> None:
-        """Learn from the worker's steps, for those too that have made none.
-
-        Of workers that start together the first one measured would look slow, or fast,
-        beside what is only assumed of the others.
-        """
-        latency = worker.latency
-        before = latency.num_rows
-        latency.observe(totals)
-        # At the first rows, then ever more rarely: later ones change little.
-        if latency.num_rows == before or latency.num_rows & before:
+        """Learn from the worker's steps, for its peers too."""
+        new = worker.latency.observe(totals)
+        if new is None:
             return
-        model.unmeasured.discard(worker.key.worker_id)
-        for worker_id in model.unmeasured:
-            sibling = model.workers[worker_id]
-            if sibling.card.engine == worker.card.engine:
-                sibling.latency.expect(latency.timing._replace(calibrated=False))
-                for reported in self.on_report:
-                    reported(sibling.key)
+        peers = model.peers[_kind(worker.card)]
+        peers.latency.learn(new)
+        worker.latency.expect(peers.latency.timing, PEER_ROWS)
+        worker.latency.learn(new)
+        peers.unmeasured.pop(worker.key.worker_id, None)
+        num_rows = peers.latency.num_rows
+        # At the first rows, then ever more rarely: later ones change little.
+        for other in peers.unmeasured.values() if not num_rows & (num_rows - 1) else ():
+            other.latency.expect(peers.expected())
+            for expected in self.on_timing:
+                expected(other)
 
     def unreachable(self, model_name: str, worker_id: str, reason: str) -> None:
         """The worker can't be chosen until its health stream says something again."""
@@ -345,6 +356,10 @@ class Fleet:
     def _changed(self) -> None:
         for changed in self.on_change:
             changed()
+
+
+def _kind(card: WorkerCard) -> tuple[str, int, int]:
+    return card.engine, card.total_blocks, card.max_sequences
 
 
 def why_refused(card: WorkerCard, model: ModelCard) -> str:

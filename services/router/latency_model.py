@@ -16,7 +16,10 @@ squares over such rows, older ones fading by half every `HALF_LIFE`:
     minimize  Σ w (y - θ·x)² / ŷ²  +  prior     subject to  θ >= 0
 
 - The error is relative: short decode steps count as much as long prefills.
-- The prior is a worker like the card's engine, and weighs as `PRIOR_ROWS` rows do. It
+- The prior is what the worker's peers take together, those of the same engine and
+  capacity, and weighs as `PEER_ROWS` rows do: of equal workers none should look
+  faster than another by chance, and one that is slower shows it within seconds. Where
+  there are none it is a worker like the card's engine, weighing `PRIOR_ROWS`. It
   answers alone until there are rows (`calibrated` False), and where rows are silent.
 - A row far beyond the usual error weighs little (Huber): one outlier does no harm, a
   lasting change is the usual error soon.
@@ -30,10 +33,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isfinite
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+from typing import NamedTuple, TypeAlias
 
 #: Before a worker has computed anything: a small GPU, or a fast CPU model.
 PRIOR_PREFILL_MS_PER_TOKEN = 0.1
@@ -44,8 +44,8 @@ QUADRATIC_SHARE = 2.77e-5
 
 #: Rows after which what was measured before counts half.
 HALF_LIFE = 256
-#: How many rows the prior weighs as.
-PRIOR_ROWS = 1.0
+#: How many rows the prior weighs as: a guess, and what peers measured.
+PRIOR_ROWS, PEER_ROWS = 1.0, 32.0
 #: Milliseconds of steps that a row spans at least, so that a fast worker's reports
 #: cost the router little: the first rows, and later ones.
 ROW_MS, LATER_ROW_MS = 20.0, 250.0
@@ -126,13 +126,8 @@ _NUM_FEATURES = 7
 _SCALES = (10.0, 1e-3, 1e-8, 1e-8, 1.0, 0.1, 1e-5)
 
 
-def prior_of(engine: str, siblings: Iterable[Timing] = ()) -> Timing:
-    """What to expect of a worker that has not computed yet: what the first calibrated of
-    `siblings`, workers of its model and engine, takes; else what its engine runs on.
-    """
-    for sibling in siblings:
-        if sibling.calibrated:
-            return sibling._replace(calibrated=False)
+def prior_of(engine: str) -> Timing:
+    """What to expect of a worker before any like it has computed: what its engine runs on."""
     per_token = _PRIOR_PER_TOKEN.get(engine, PRIOR_PREFILL_MS_PER_TOKEN)
     return Timing(
         prefill_ms_per_token=per_token,
@@ -145,40 +140,49 @@ def prior_of(engine: str, siblings: Iterable[Timing] = ()) -> Timing:
 _PRIOR_PER_TOKEN = {"tensorrt_llm": 0.03}
 
 
+#: What several steps did, by feature, and their milliseconds.
+Row: TypeAlias = "tuple[list[int], float]"
+
+
 class LatencyModel:
-    """One worker's timing, calibrated by `observe`."""
+    """One worker's timing, or that of several alike, calibrated by `learn`."""
 
     def __init__(self, prior: Timing | None = None) -> None:
         self._last = Totals()
         #: Equations learned from.
         self.num_rows = 0
-        self.expect(prior or Timing())
-
-    def expect(self, prior: Timing) -> None:
-        """Take another prior. For a model that has learned nothing yet."""
-        self.timing = prior
-        self._prior: tuple[float, ...] = self.timing[:_NUM_FEATURES]
-        self._theta: list[float] = list(self._prior)
-        #: The prior pulls each coefficient by its deviation relative to its scale.
-        self._stiffness = [
-            PRIOR_ROWS / _NUM_FEATURES / max(value, scale) ** 2
-            for value, scale in zip(self._prior, _SCALES, strict=True)
-        ]
         self._matrix = [[0.0] * _NUM_FEATURES for _ in range(_NUM_FEATURES)]
         self._vector = [0.0] * _NUM_FEATURES
         #: The usual relative error of a row.
         self._error = 1.0
-        self._step_tokens = self.timing.step_tokens
+        self._step_tokens = 0
+        self.expect(prior or Timing())
 
-    def observe(self, totals: Totals) -> None:
-        """Take in the worker's present totals. Totals that fell are those of a new start."""
+    def expect(self, prior: Timing, rows: float = PRIOR_ROWS) -> None:
+        """Take another prior, which weighs as so many rows."""
+        self._prior: tuple[float, ...] = prior[:_NUM_FEATURES]
+        #: The prior pulls each coefficient by its deviation relative to its scale.
+        self._stiffness = [
+            rows / _NUM_FEATURES / max(value, scale) ** 2
+            for value, scale in zip(self._prior, _SCALES, strict=True)
+        ]
+        if not self.num_rows:
+            self._theta = list(self._prior)
+            self._step_tokens = prior.step_tokens
+            self.timing = prior
+
+    def observe(self, totals: Totals) -> Row | None:
+        """Take in the worker's present totals, and return what is new of them, to be learned.
+
+        None: too little is. Totals that fell are those of a new start.
+        """
         last = self._last
         if _fell(last, totals):
             last = self._last = Totals()
         elapsed = totals.step_ms - last.step_ms
         needed = ROW_MS if self.num_rows < _FIRST_ROWS else LATER_ROW_MS
         if not needed <= elapsed < float("inf"):
-            return
+            return None
         self._last = totals
         row = [
             totals.prefill_steps - last.prefill_steps,
@@ -189,9 +193,13 @@ class LatencyModel:
             totals.decode_sequences - last.decode_sequences,
             totals.decode_context - last.decode_context,
         ]
-        if row[0] + row[4] <= 0:
-            return
-        self._learn(row, elapsed)
+        return (row, elapsed) if row[0] + row[4] > 0 else None
+
+    def learn(self, new: Row) -> None:
+        """Take in one more equation, this worker's or another's like it."""
+        row, elapsed = new
+        self._add(row, elapsed)
+        self._solve()
         if row[1]:
             # The mean size of the step that a token was computed in.
             self._step_tokens = max(self._step_tokens, -(-row[2] // row[1]))
@@ -199,8 +207,8 @@ class LatencyModel:
         c, a, s, x, d, q, r = self._theta
         self.timing = Timing(c, a, s, x, d, q, r, self._step_tokens, calibrated=True)
 
-    def _learn(self, row: list[int], elapsed: float) -> None:
-        """One more equation, and a better solution."""
+    def _add(self, row: list[int], elapsed: float) -> None:
+        """One more equation, the older ones fading."""
         theta, matrix, vector = self._theta, self._matrix, self._vector
         predicted = sum(value * x for value, x in zip(theta, row, strict=True))
         # Neither a prediction near nothing nor a huge measurement decides the scale alone.
@@ -222,7 +230,6 @@ class LatencyModel:
             vector[i] += weighted * elapsed
             for j in used:
                 line[j] += weighted * row[j]
-        self._solve()
 
     def _solve(self) -> None:
         """A few sweeps of coordinate descent towards the solution, none below 0."""

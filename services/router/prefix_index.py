@@ -48,6 +48,7 @@ CLEAN_LEN = 32_768
 _SWEEP_SPEED = 32
 #: From here on ids are handled together.
 _MANY = 24
+_ALL = (1 << 64) - 1
 
 
 class PrefixIndex:
@@ -150,12 +151,13 @@ class PrefixIndex:
         self._ahead.clear()
         num_owned = self._num_owned[slot]
         plane, bit = self._place_of(slot, tier)
-        wide = bit << (64 * plane)
-        for block in ids:
-            masks = self._masks(block)
-            if masks & wide:
-                self._set_masks(block, masks & ~wide)
-                num_owned[tier] -= 1
+        old = list(ids)
+        for start in range(0, len(old), SLICE_LEN):
+            some = old[start : start + SLICE_LEN]
+            if len(some) < _MANY:
+                num_owned[tier] -= sum(self._remove_one(block, plane, bit) for block in some)
+            else:
+                num_owned[tier] -= self._remove_many(some, plane, bit)
 
     def owned(self, slot: int, tier: int = 0) -> set[int]:
         """All that the slot's worker holds in the tier. For checks: it reads the whole index."""
@@ -307,6 +309,35 @@ class PrefixIndex:
             self._insert(unknown, {plane: masks})
             self._go_on_growing(len(unknown))
         return num_new + len(unknown)
+
+    def _remove_one(self, block: int, plane: int, bit: int) -> int:
+        """Clear a bit of an id. Returns how many were set: 1 or 0."""
+        wide = bit << (64 * plane)
+        masks = self._masks(block)
+        if not masks & wide:
+            return 0
+        self._set_masks(block, masks & ~wide)
+        return 1
+
+    def _remove_many(self, blocks: list[int], plane: int, bit: int) -> int:
+        """`_remove_one` for each of `blocks`."""
+        ids: Ids = np.unique(np.array(blocks, np.uint64))
+        found, _ = self._table.find_all(ids)
+        at = found[(found >= 0) & (ids != 0)]
+        table = self._table
+        bits = table.planes[plane]
+        at = at[(bits.take(at) & np.uint64(bit)) != 0]
+        bits[at] &= np.uint64(_ALL ^ bit)
+        rest = table.planes[0].take(at)
+        for other in table.planes[1:]:
+            rest |= other.take(at)
+        empty = at[rest == 0]
+        table.keys[empty] = 0
+        self._num_placed -= len(empty)
+        if self._old is None and not self._stash:
+            return len(at)
+        elsewhere = ids[(found < 0) & (ids != 0)].tolist()
+        return len(at) + sum(self._remove_one(block, plane, bit) for block in elsewhere)
 
     def _are_elsewhere(self, ids: Ids) -> NDArray[np.bool_]:
         """Which of the ids are in the old table or in the stash."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from headrace.errors import ResourceExhausted
 from services.router.coming import Coming
+from services.router.unreported import Unreported
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -92,6 +93,7 @@ class Reservations:
     def __init__(self) -> None:
         #: What the prompts in flight will have computed where.
         self.coming = Coming()
+        self.unreported = Unreported()
         #: Called with each worker whose load has changed.
         self.on_change: Callable[[WorkerKey], None] = lambda _: None
         self._followers: set[LoadChanges] = set()
@@ -172,6 +174,7 @@ class Reservations:
         load.blocks += reservation.blocks
         load.sequences += reservation.sequences
         load.reservations += 1
+        self.unreported.add(reservation)
         if reservation.coming and not self.coming.add(reservation.worker, reservation.coming):
             reservation.coming = ()
         self._changed(reservation.worker)
@@ -210,6 +213,7 @@ class Reservations:
         if reservation.coming:
             self.coming.remove(reservation.worker, reservation.coming)
             reservation.coming = ()
+        self.unreported.remove(reservation)
         self._changed(reservation.worker)
         load = self._load[reservation.worker]
         load.reservations -= 1

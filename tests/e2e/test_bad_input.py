@@ -59,7 +59,7 @@ def _unharmed(sim_mesh: Mesh) -> Iterator[None]:
         (chat(n=1000), 400, "n", "1000"),
         (chat(tempersture=1), 400, "tempersture", "tempersture"),
         (chat(logit_bias={"5": 3}), 400, "logit_bias", "logit_bias"),
-        (chat(tools=[{"type": "function"}]), 400, "tools", "tools"),
+        (chat(tools=[{"type": "function"}]), 400, "tools[0].function", "tools"),
         (chat(messages=[{"role": "user", "content": "word " * 9000}]), 400, "messages", "8,192"),
         (b'{"model": "smollm2-135m", "messages": [', 400, None, "JSON"),
         (b"", 400, None, "JSON"),

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.router.latency_model import LatencyModel, Timing, Totals, prior_of
+from services.router.latency_model import PEER_ROWS, LatencyModel, Timing, Totals, prior_of
 
 CAPACITY = 16_384 * 64
 STEP_TOKENS = 8192
@@ -62,8 +62,14 @@ def run(
     random_ = random.Random(seed)
     for _ in range(num_steps):
         totals = add(totals, **step(random_, slow))
-        model.observe(totals)
+        take(model, totals)
     return totals
+
+
+def take(model: LatencyModel, totals: Totals) -> None:
+    new = model.observe(totals)
+    if new is not None:
+        model.learn(new)
 
 
 def check_polynomial(
@@ -100,7 +106,7 @@ def test_learns_attention_over_cached_tokens() -> None:
             prefill_steps=1, prefill_tokens=count, prefill_squares=count**2,
             prefill_context=count * start,
         )  # fmt: skip
-        model.observe(totals)
+        take(model, totals)
     expected = 5 + 0.05 * 1000 + 2e-6 * 1000 * 41_000
     assert model.timing.prefill_ms(1000, 20_000) == pytest.approx(expected, rel=0.05)
 
@@ -110,7 +116,7 @@ def test_one_outlier_does_no_harm_and_a_lasting_change_is_learned() -> None:
     totals = run(model, Totals(), 600, 5)
     before = model.timing.prefill_ms(4000)
     totals = add(totals, **{**step(random.Random(1)), "step_ms": 60_000.0})
-    model.observe(totals)
+    take(model, totals)
     assert model.timing.prefill_ms(4000) == pytest.approx(before, rel=0.05)
     run(model, totals, 3000, 6, slow=3.0)
     check_polynomial(model.timing, slow=3.0, within=0.1, decode_within=0.2)
@@ -134,7 +140,7 @@ def test_is_never_negative_or_infinite_whatever_is_reported(rows: list[Totals]) 
     model, totals = LatencyModel(), Totals()
     for row in rows:
         summed = [a + b for a, b in zip(astuple(totals), astuple(row), strict=True)]
-        model.observe(Totals(*summed))
+        take(model, Totals(*summed))
         if isfinite(row.step_ms):
             totals = Totals(*summed)
         assert all(isfinite(value) and value >= 0 for value in model.timing)
@@ -149,13 +155,24 @@ def test_totals_that_fell_are_those_of_a_new_start() -> None:
 
 def test_idle_reports_teach_nothing() -> None:
     model = LatencyModel()
-    model.observe(Totals())
-    model.observe(Totals(step_ms=1000.0))
+    take(model, Totals())
+    take(model, Totals(step_ms=1000.0))
     assert model.timing == Timing()
 
 
-def test_the_prior_is_the_siblings_or_the_engines() -> None:
-    sibling = Timing(prefill_ms_per_token=0.7, calibrated=True)
-    assert prior_of("sim", [Timing(), sibling]) == sibling._replace(calibrated=False)
-    assert prior_of("sim", [Timing(prefill_ms_per_token=9)]) == Timing()
+def test_the_prior_is_the_engines() -> None:
+    assert prior_of("sim") == Timing()
     assert prior_of("tensorrt_llm").prefill_ms_per_token < Timing().prefill_ms_per_token
+
+
+def test_peers_are_the_prior_until_the_worker_itself_says_otherwise() -> None:
+    peers = LatencyModel()
+    run(peers, Totals(), 600, 9)
+    model = LatencyModel(peers.timing._replace(calibrated=False))
+    assert model.timing.prefill_ms(4000) == peers.timing.prefill_ms(4000)
+    model.expect(peers.timing, PEER_ROWS)
+    totals = run(model, Totals(), 4, 10, slow=1.3)
+    # A few steps may be chance.
+    assert model.timing.prefill_ms(4000) < 1.15 * peers.timing.prefill_ms(4000)
+    run(model, totals, 600, 11, slow=1.3)
+    check_polynomial(model.timing, slow=1.3, decode_within=0.15)

@@ -344,6 +344,40 @@ def test_blocks_in_slower_tiers_and_what_bringing_them_takes() -> None:
     assert (two.slower_tokens, two.transfer_ms) == (0, 0.0)
 
 
+def test_a_report_stands_for_what_it_counts_and_not_for_what_was_sent_since() -> None:
+    router = make(num_workers=1, max_sequences=9)
+
+    def prefill_tokens() -> int:
+        (candidate,) = candidates(router, [], 5)
+        return candidate.load.prefill_tokens
+
+    def report(sequences: int, tokens: int) -> None:
+        router.fleet.report("m", "w0", ReportedLoad(sequences, 0, tokens))
+
+    for call in (1, 2):
+        ask(router, call)  # 37 tokens
+    assert prefill_tokens() == 74
+    # The second one was under way when the worker said this.
+    report(1, 10)
+    assert prefill_tokens() == 10 + 37
+    report(2, 20)
+    assert prefill_tokens() == 20
+    ask(router, 3)
+    assert prefill_tokens() == 20 + 37
+    release(router, 3)
+    assert prefill_tokens() == 20
+    # Both first tokens are known before the next report is here.
+    for call in (1, 2):
+        router.reservations.prefill_done("g", call)
+    assert prefill_tokens() == 0
+    # Somebody else uses the worker.
+    report(5, 900)
+    assert prefill_tokens() == 900
+    release(router, 1)
+    release(router, 2)
+    assert len(router.reservations.unreported) == 0
+
+
 def test_loads_follow_every_change() -> None:
     router = make(num_workers=1, max_sequences=7)
 
@@ -463,6 +497,7 @@ class Life(RuleBasedStateMachine):
             assert waiting | displaced == self.waits
         assert len(router.reservations) == len(self.placed)
         assert len(router.reservations.coming) == len(self.placed)
+        assert len(router.reservations.unreported) <= len(self.placed)
 
 
 TestLife = Life.TestCase
