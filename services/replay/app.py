@@ -64,6 +64,46 @@ def _count(most: int) -> click.IntRange:
     help="KV blocks of each worker.",
 )
 @click.option(
+    "--host-blocks",
+    type=click.IntRange(0, 100_000_000),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Blocks of host memory of each worker, which evicted ones fall into.",
+)
+@click.option(
+    "--host-gbps",
+    type=options.gbps,
+    default=_DEFAULT.host_gbps,
+    show_default=True,
+    metavar="GB/S",
+    help="How fast they come back.",
+)
+@click.option(
+    "--disk-blocks",
+    type=click.IntRange(0, 100_000_000),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Blocks of disk of each worker, which those of host memory fall into.",
+)
+@click.option(
+    "--disk-gbps",
+    type=options.gbps,
+    default=_DEFAULT.disk_gbps,
+    show_default=True,
+    metavar="GB/S",
+    help="How fast they come back.",
+)
+@click.option(
+    "--kv-bytes-per-token",
+    type=_count(1 << 30),
+    default=_DEFAULT.kv_bytes_per_token,
+    show_default=True,
+    metavar="BYTES",
+    help="What comes back; the default is Llama 3.1 8B in 16 bits.",
+)
+@click.option(
     "--block-size",
     type=_count(65_536),
     default=_DEFAULT.block_size,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 MAX_WORKERS = 100_000
 MAX_SPEED = 1e6
+MAX_GBPS = 1e6
 #: Ten years.
 MAX_SECONDS = 10 * 366 * 86_400
 
@@ -54,6 +55,20 @@ def _speed(text: str) -> float:
             f"a speed must be above 0 and at most {MAX_SPEED:,.0f}, not {text!r}"
         )
     return speed
+
+
+def gbps(text: str) -> float:
+    """A type for click: a bandwidth above 0, in GB/s."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    # Not `<= 0`: that would let NaN pass.
+    if not 0 < value <= MAX_GBPS:
+        raise click.BadParameter(
+            f"a bandwidth must be above 0 and at most {MAX_GBPS:,.0f} GB/s, not {text!r}"
+        )
+    return value
 
 
 @dataclass(frozen=True, slots=True)

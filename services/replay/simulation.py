@@ -50,6 +50,14 @@ class SimulationConfig:
     num_blocks: int = 16384
     #: Tokens of a KV block.
     block_size: int = 64
+    #: Blocks that evicted ones fall into: host memory, then disk, and in GB/s how fast
+    #: they come back.
+    host_blocks: int = 0
+    host_gbps: float = 50.0
+    disk_blocks: int = 0
+    disk_gbps: float = 6.0
+    #: KV of one token: Llama 3.1 8B in 16 bits.
+    kv_bytes_per_token: int = 131_072
     policy: str = "kv"
     num_routers: int = 1
     #: Whether requests wait at the router while all workers are saturated, and how many may.
@@ -80,6 +88,7 @@ class SimulationConfig:
         for name, least in (
             ("num_workers", 1), ("num_blocks", 1), ("block_size", 1), ("num_routers", 1),
             ("max_sequences", 1), ("max_step_tokens", self.max_sequences),
+            ("host_blocks", 0), ("disk_blocks", 0), ("kv_bytes_per_token", 1),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise InvalidArgument(
@@ -93,7 +102,7 @@ class SimulationConfig:
                 raise InvalidArgument(
                     f"{name} must be 0 or more, not {getattr(self, name)}", field=name
                 )
-        for name in ("speed", "load_report_interval_ms"):
+        for name in ("speed", "load_report_interval_ms", "host_gbps", "disk_gbps"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InvalidArgument(
                     f"{name} must be more than 0, not {getattr(self, name)}", field=name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,8 @@ from services.replay.simulation_routers import RouterNode
 from services.replay.workload import TraceRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
 
@@ -43,11 +44,20 @@ class Gaps:
     """How often which time lay between two tokens of a sequence, to the microsecond."""
 
     def __init__(self) -> None:
-        self._counts: Counter[int] = Counter()
+        self._counts: dict[int, int] = {}
 
     def add(self, gap_s: float, count: int) -> None:
         """`count` gaps of so many seconds."""
-        self._counts[round(gap_s * 1e6)] += count
+        gap = round(gap_s * 1e6)
+        self._counts[gap] = self._counts.get(gap, 0) + count
+
+    def add_steps(self, begin: float, ends: Sequence[float], count: int) -> None:
+        """In steps that follow each other, `count` sequences got a token each."""
+        counts = self._counts
+        for end in ends:
+            gap = round((end - begin) * 1e6)
+            counts[gap] = counts.get(gap, 0) + count
+            begin = end
 
     def arrays(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Gaps in ms, ascending, and their counts."""

@@ -23,9 +23,9 @@ from heapq import heappop, heappush
 from operator import attrgetter
 from typing import TYPE_CHECKING, cast
 
-from services.worker.engine import StepOutput
+from services.worker.engine import EngineStats, StepOutput
 from services.worker.engine_core import EngineCore
-from services.worker.engines.sim.runner import work_of
+from services.worker.engines.sim.runner import transfer_ms, work_of
 from services.worker.engines.sim.timing import StepWork
 from services.worker.plan import StepResult
 from services.worker.scheduling import DECODE_COST
@@ -85,16 +85,19 @@ class ReplaySequence(SequenceState):
 class TimedRunner:
     """A Runner that takes time and nothing else: all its tokens are 0."""
 
-    def __init__(self, timing: StepTiming, clock: VirtualClock, capacity_tokens: int) -> None:
+    def __init__(self, timing: StepTiming, clock: VirtualClock, info: EngineInfo) -> None:
         self._timing = timing
         self._clock = clock
-        self._capacity_tokens = capacity_tokens
+        self._capacity_tokens = info.total_blocks * info.block_size
+        self._tier_ms_per_block = info.tier_ms_per_block
 
     def execute(self, plan: StepPlan) -> StepResult:
         """See Runner.execute."""
         taken_ms = self._timing.milliseconds(work_of(plan, self._capacity_tokens))
-        self._clock.wait_until(self._clock.now() + taken_ms / 1000)
-        return StepResult([0] * sum(item.sample for item in plan.scheduled))
+        brought_ms = transfer_ms(plan, self._tier_ms_per_block)
+        self._clock.wait_until(self._clock.now() + (taken_ms + brought_ms) / 1000)
+        tokens = [0] * sum(item.sample for item in plan.scheduled)
+        return StepResult(tokens, transfer_ms=brought_ms)
 
 
 class ReplayCore(EngineCore):
@@ -110,7 +113,7 @@ class ReplayCore(EngineCore):
         max_sequences: int,
     ) -> None:
         self._capacity_tokens = info.total_blocks * info.block_size
-        runner = TimedRunner(timing, clock, self._capacity_tokens)
+        runner = TimedRunner(timing, clock, info)
         super().__init__(
             info,
             runner,
@@ -167,8 +170,11 @@ class ReplayCore(EngineCore):
         stretch = self._steady
         assert stretch is not None
         action = stretch.next_action()
-        needed = sum(1 for item in stretch.allocations.get(action, ()) if item.tables)
-        last = action + 1 if needed <= self._blocks.num_available else action
+        last = action + 1
+        if action in stretch.allocations:
+            needed = sum(1 for item in stretch.allocations[action] if item.tables)
+            if needed > self._blocks.num_available:
+                last = action
         count, tokens, capacity = len(self._running), stretch.num_tokens, self._capacity_tokens
         milliseconds = self._timing.milliseconds
         now, times = self._clock(), []
@@ -191,12 +197,9 @@ class ReplayCore(EngineCore):
         stretch = self._steady
         assert stretch is not None
         action = stretch.next_action()
-        now = self._clock()
-        count = len(self._running)
-        for time in times:
-            self._totals.add_decodes(count, stretch.num_tokens, (time - now) * 1000)
-            stretch.num_tokens += count
-            now = time
+        now, count = times[-1], len(self._running)
+        self._totals.add_decode_steps(count, stretch.num_tokens, self._clock(), times)
+        stretch.num_tokens += count * len(times)
         stretch.step += len(times)
         self._step += len(times)
         if stretch.step <= action:
@@ -205,7 +208,19 @@ class ReplayCore(EngineCore):
         ends: list[SequenceEnd] = []
         self._act(stretch, action, now, ends)
         stored, removed = self._blocks.take_changes()
-        return StepOutput(self._step, ends=ends, stored=stored, removed=removed)
+        slower = self._slower_changes()
+        return StepOutput(self._step, ends=ends, stored=stored, removed=removed, slower=slower)
+
+    def stats(self) -> EngineStats:
+        """See Engine.stats."""
+        if self._steady is None:
+            return super().stats()
+        # Nobody prefills.
+        blocks = self._blocks
+        return EngineStats(
+            len(self._running), len(self._waiting), self._num_waiting_tokens,
+            blocks.num_used, blocks.num_blocks, **self._totals.as_dict(),
+        )  # fmt: skip
 
     def _act(self, stretch: _Stretch, step: int, now: float, ends: list[SequenceEnd]) -> None:
         """What happens in one step of the stretch, in the order in which a step does it."""

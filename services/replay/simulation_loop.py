@@ -22,6 +22,7 @@ from headrace.errors import (
     Unavailable,
 )
 from headrace.params import SamplingParams
+from headrace.registry import DEVICE_TIER
 from services.replay.simulation import (
     COMPLETED,
     FAILED,
@@ -145,13 +146,18 @@ class Simulation:
             self.routers.leave(worker.number)
 
     def on_blocks(
-        self, worker: SimulatedWorker, stored: list[int], removed: list[int], now: float
+        self,
+        worker: SimulatedWorker,
+        stored: list[int],
+        removed: list[int],
+        now: float,
+        tier: str = DEVICE_TIER,
     ) -> None:
         """See Outside."""
         self._num_kv_events += 1
 
         def happen(now: float) -> None:
-            self.routers.changed(worker.number, worker.generation, stored, removed)
+            self.routers.changed(worker.number, worker.generation, stored, removed, tier)
 
         self.at(now + self._config.kv_event_delay_ms / 1000, happen)
 

@@ -7,15 +7,16 @@ its first blocks name. They decide; when they are told what is the loop's matter
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import cache
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from headrace import blocks
 from headrace.registry import DEVICE_TIER, Event, ModelCard, WorkerCard
 from services.replay.simulation_content import NAMESPACE
+from services.replay.simulation_worker import slower_tiers
 from services.router.fleet import Fleet, ReportedLoad
-from services.router.latency_model import Totals
 from services.router.policies import load_policy
 from services.router.reservations import LoadChanges, Reserved
 from services.router.service import Router
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from services.replay.simulation import SimulationConfig
+    from services.router.latency_model import Totals
     from services.router.policies import RoutingRequest
     from services.router.reservations import WorkerKey
     from services.worker.engine import EngineStats
@@ -35,7 +37,6 @@ NUM_GATEWAYS = 64
 CONTEXT_LEN = 1 << 40
 #: Leading blocks that say which router a request goes to.
 _FAMILY_BLOCKS = 4
-_TOTALS = tuple(field.name for field in fields(Totals))
 
 
 def gateway(number: int) -> str:
@@ -76,6 +77,7 @@ class Routers:
 
     def __init__(self, config: SimulationConfig) -> None:
         self._config = config
+        self._tiers = slower_tiers(config)
         policy = load_policy(config.policy)
         self._model = ModelCard(MODEL, "replay", "", CONTEXT_LEN, config.block_size)
         self._hash_vector = blocks.hash_vector(config.block_size).hex()
@@ -120,7 +122,8 @@ class Routers:
             hash_vector=self._hash_vector,
             total_blocks=self._config.num_blocks,
             max_sequences=self._config.max_sequences,
-            tiers=(DEVICE_TIER,),
+            tiers=self._tiers.names,
+            tier_ms_per_block=self._tiers.ms_per_block,
         )
         for node in self.nodes:
             node.router.fleet.join(MODEL, card)
@@ -140,13 +143,19 @@ class Routers:
             used_blocks=stats.used_blocks,
             total_blocks=stats.total_blocks,
             draining=draining,
-            totals=Totals(**{name: getattr(stats, name) for name in _TOTALS}),
+            # It has all the fields of Totals, under their names.
+            totals=cast("Totals", stats),
         )
         for node in self.nodes:
             node.router.fleet.report(MODEL, worker_id(worker), load)
 
     def changed(
-        self, worker: int, generation: int, stored: Iterable[int], removed: Iterable[int]
+        self,
+        worker: int,
+        generation: int,
+        stored: Iterable[int],
+        removed: Iterable[int],
+        tier: str = DEVICE_TIER,
     ) -> None:
         """An event of the worker, in order."""
         for node in self.nodes:
@@ -159,10 +168,12 @@ class Routers:
                     member.sequence + 1,
                     tuple(stored),
                     tuple(removed),
+                    tier,
                 )
                 fleet.apply(member, event)
 
 
+@cache
 def worker_id(worker: int) -> str:
     """Its name: the names' order is the numbers'."""
     return f"w{worker:06d}"

@@ -13,9 +13,11 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING, Protocol
 
+from headrace.registry import DEVICE_TIER
 from services.replay.simulation_engine import ReplayCore
 from services.worker.engine import EngineInfo
 from services.worker.engines.sim.clock import VirtualClock
+from services.worker.engines.sim.tiers import Tiers, tiers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -42,9 +44,14 @@ class Outside(Protocol):
         """A call's sequence ended."""
 
     def on_blocks(
-        self, worker: SimulatedWorker, stored: list[int], removed: list[int], now: float
+        self,
+        worker: SimulatedWorker,
+        stored: list[int],
+        removed: list[int],
+        now: float,
+        tier: str = DEVICE_TIER,
     ) -> None:
-        """The worker's prefix cache changed."""
+        """A tier of the worker's prefix cache changed."""
 
     def on_load(self, worker: SimulatedWorker, stats: EngineStats, now: float) -> None:
         """The worker says what it does."""
@@ -162,6 +169,8 @@ class SimulatedWorker:
         if output is not None:
             if output.stored or output.removed:
                 self._outside.on_blocks(self, output.stored, output.removed, now)
+            for tier, (stored, removed) in output.slower.items():
+                self._outside.on_blocks(self, stored, removed, now, tier)
             for end in output.ends:
                 call = self.calls.pop(end.sequence_id)
                 call.generated = end.completion_tokens
@@ -193,9 +202,8 @@ class SimulatedWorker:
         self.num_steps += len(times)
         self._untold += len(times)
         self.busy_s += times[-1] - self._last_end
-        for time in times:
-            self._gaps.add(time - self._last_end, count)
-            self._last_end = time
+        self._gaps.add_steps(self._last_end, times, count)
+        self._last_end = times[-1]
         self._times = []
         return output
 
@@ -226,7 +234,17 @@ class SimulatedWorker:
         self._outside.on_load(self, self.core.stats(), now)
 
 
+def slower_tiers(config: SimulationConfig) -> Tiers:
+    """The tiers of each worker."""
+    return tiers(
+        config.block_size * config.kv_bytes_per_token,
+        host=(config.host_blocks, config.host_gbps),
+        disk=(config.disk_blocks, config.disk_gbps),
+    )
+
+
 def _info(config: SimulationConfig) -> EngineInfo:
+    slower = slower_tiers(config)
     return EngineInfo(
         engine="sim",
         model_revision="replay",
@@ -238,4 +256,7 @@ def _info(config: SimulationConfig) -> EngineInfo:
         max_sequences=config.max_sequences,
         eos_token_ids=(),
         resume="exact",
+        tiers=slower.names,
+        tier_blocks=slower.blocks,
+        tier_ms_per_block=slower.ms_per_block,
     )

@@ -32,7 +32,8 @@ Pure: no clock, no worker, no wire.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
+from math import inf
+from operator import mul
 from typing import NamedTuple, TypeAlias
 
 #: Before a worker has computed anything: a small GPU, or a fast CPU model.
@@ -210,7 +211,7 @@ class LatencyModel:
     def _add(self, row: list[int], elapsed: float) -> None:
         """One more equation, the older ones fading."""
         theta, matrix, vector = self._theta, self._matrix, self._vector
-        predicted = sum(value * x for value, x in zip(theta, row, strict=True))
+        predicted = sum(map(mul, theta, row))
         # Neither a prediction near nothing nor a huge measurement decides the scale alone.
         scale = max(predicted, min(elapsed, 10 * predicted + 1.0))
         deviation = abs(elapsed - predicted) / scale
@@ -221,10 +222,8 @@ class LatencyModel:
         fade = 0.5 ** (1 / HALF_LIFE)
         used = [i for i, x in enumerate(row) if x]
         for line in matrix:
-            for j in range(_NUM_FEATURES):
-                line[j] *= fade
-        for i in range(_NUM_FEATURES):
-            vector[i] *= fade
+            line[:] = [value * fade for value in line]
+        vector[:] = [value * fade for value in vector]
         for i in used:
             weighted, line = weight * row[i], matrix[i]
             vector[i] += weighted * elapsed
@@ -236,13 +235,15 @@ class LatencyModel:
         theta, prior = self._theta, self._prior
         # As a prior of that variance among errors of this one.
         variance = self._error**2
+        equations = []
+        for i, (line, stiffness) in enumerate(zip(self._matrix, self._stiffness, strict=True)):
+            ridge = stiffness * variance
+            own = line[i]
+            equations.append((i, line, own, own + ridge, self._vector[i] + ridge * prior[i]))
         for _ in range(_SWEEPS):
-            for i, (line, stiffness) in enumerate(zip(self._matrix, self._stiffness, strict=True)):
-                ridge = stiffness * variance
-                own = line[i] + ridge
-                others = sum(a * b for a, b in zip(line, theta, strict=True)) - line[i] * theta[i]
-                value = (self._vector[i] + ridge * prior[i] - others) / own
-                theta[i] = value if value > 0 and isfinite(value) else 0.0
+            for i, line, own, divisor, wanted in equations:
+                value = (wanted - (sum(map(mul, line, theta)) - own * theta[i])) / divisor
+                theta[i] = value if 0 < value < inf else 0.0
 
 
 def _fell(last: Totals, totals: Totals) -> bool:

@@ -45,7 +45,7 @@ RETRY_AFTER_MS = 500
 #: So many of a line that find no room are looked at, one after the other, at a time.
 MAX_BLOCKED = 64
 #: Looking at more than a few that find no room is paced: so long for each of the others.
-FEW_BLOCKED, PACE_S = 8, 0.001
+FEW_BLOCKED, PACE_S = 8, 0.002
 #: Nobody overtakes one that has waited so long at the worker that it waits for.
 PATIENCE_S = 15.0
 #: Prompts that begin with the same so many blocks have one `prefix_hash`.

@@ -49,6 +49,10 @@ class WorkerConfig:
     sim_prefill_ms_per_token: float = option(0.1, help="sim: time that a prompt token takes")
     sim_step_ms: float = option(10.0, help="sim: time that a step takes at least")
     sim_step_ms_per_sequence: float = option(0.0, help="sim: time that a decoded sequence adds")
+    sim_host_blocks: int = option(0, help="sim: blocks of host memory that evicted ones fall into")
+    sim_host_gbps: float = option(50.0, help="sim: GB/s at which they come back")
+    sim_disk_blocks: int = option(0, help="sim: blocks of disk that host memory's fall into")
+    sim_disk_gbps: float = option(6.0, help="sim: GB/s at which they come back")
     max_queued: int = option(1024, help="sequences that may wait beyond those that run")
     session_grace_s: float = option(3.0, help="how long a gateway that lost its stream may return")
     drain_timeout_s: float = option(60.0, help="how long running sequences may finish at the end")
@@ -72,4 +76,8 @@ class WorkerConfig:
             sim_prefill_ms_per_token=self.sim_prefill_ms_per_token,
             sim_step_ms=self.sim_step_ms,
             sim_step_ms_per_sequence=self.sim_step_ms_per_sequence,
+            sim_host_blocks=self.sim_host_blocks,
+            sim_host_gbps=self.sim_host_gbps,
+            sim_disk_blocks=self.sim_disk_blocks,
+            sim_disk_gbps=self.sim_disk_gbps,
         )

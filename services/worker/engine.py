@@ -11,7 +11,7 @@ and `headrace.params`, so that an engine runs on a bare machine.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from headrace.params import SamplingParams
 
@@ -47,6 +47,12 @@ class EngineConfig:
     sim_prefill_ms_per_token: float = 0.1
     sim_step_ms: float = 10.0
     sim_step_ms_per_sequence: float = 0.0
+    #: sim: blocks of host memory and disk that evicted ones fall into, and bandwidths
+    #: in GB/s at which they come back.
+    sim_host_blocks: int = 0
+    sim_host_gbps: float = 50.0
+    sim_disk_blocks: int = 0
+    sim_disk_gbps: float = 6.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +72,10 @@ class EngineInfo:
     resume: Literal["exact", "semantic"]
     modalities: tuple[str, ...] = ("text",)
     tiers: tuple[str, ...] = ("device",)
+    #: Blocks of each tier after the device.
+    tier_blocks: tuple[int, ...] = ()
+    #: By tier, what bringing one block of it to the device takes, in ms; empty: not said.
+    tier_ms_per_block: tuple[float, ...] = ()
     #: Fields of SamplingParams that may differ from their defaults.
     sampling: frozenset[str] = frozenset()
 
@@ -108,9 +118,11 @@ class SequenceEnd:
     error: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """Load now, and totals since the start (see WorkerLoad in worker.proto)."""
+class EngineStats(NamedTuple):
+    """Load now, and totals since the start (see WorkerLoad in worker.proto).
+
+    (A tuple: there are many, and they are cheap.)
+    """
 
     active_sequences: int = 0
     queued_sequences: int = 0
@@ -146,6 +158,8 @@ class StepOutput:
     stats: EngineStats = field(default_factory=EngineStats)
     logprobs: dict[int, bytes] = field(default_factory=dict)
     prompt_logprobs: dict[int, bytes] = field(default_factory=dict)
+    #: `stored` and `removed` of slower tiers, by name, of those that changed.
+    slower: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
 
 
 class Engine(Protocol):

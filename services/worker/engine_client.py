@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections import deque
-from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from headrace import status
@@ -119,8 +118,7 @@ class EngineClient(asyncio.Protocol):
         if not self._unseen:
             return self._stats
         last = self._stats
-        return replace(
-            last,
+        return last._replace(
             queued_sequences=last.queued_sequences + len(self._unseen),
             queued_prefill_tokens=last.queued_prefill_tokens
             + sum(length for _, length in self._unseen),

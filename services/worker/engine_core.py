@@ -21,7 +21,14 @@ from typing import TYPE_CHECKING
 
 from headrace.errors import StartupError
 from services.worker.engine import EngineStats, StepOutput
-from services.worker.kv import BlockManager, KVGroup, capacity, most_blocks, reach
+from services.worker.kv import (
+    BlockManager,
+    KVGroup,
+    TieredBlockManager,
+    capacity,
+    most_blocks,
+    reach,
+)
 from services.worker.plan import NO_SCORES, BlockTable, ScheduledSequence, StepPlan, StepResult
 from services.worker.scheduling import (
     DECODE_COST,
@@ -83,7 +90,7 @@ class EngineCore:
         limits = [most_blocks(w, size, max_step_tokens) for w in self._windows if w is not None]
         self._groups = Groups(len(kv_groups) - len(limits), tuple(limits))
         self._max_len = min(info.context_len, capacity(kv_groups, total, size, max_step_tokens))
-        self._blocks = BlockManager(total, [reach(window, size) for window in self._windows])
+        self._blocks = _block_manager(info, self._windows)
         self._sequences: dict[int, SequenceState] = {}
         self._running: list[SequenceState] = []
         self._tenants = TenantCounters()
@@ -148,7 +155,9 @@ class EngineCore:
             scheduled, plan = self._apply(decision, started)
             result = self._runner.execute(plan)
             now = self._clock()
-            self._totals.add(plan, len(decision.decodes), (now - started) * 1000)
+            self._totals.add(
+                plan, len(decision.decodes), (now - started) * 1000 - result.transfer_ms
+            )
             self._register(scheduled, plan)
             for sequence, token in _sampled(scheduled, plan, result):
                 sequence_ids.append(sequence.sequence_id)
@@ -161,8 +170,19 @@ class EngineCore:
         stored, removed = self._blocks.take_changes()
         return StepOutput(
             self._step, sequence_ids, token_ids, ends, stored, removed, self.stats(),
-            result.logprobs, result.prompt_logprobs,
+            result.logprobs, result.prompt_logprobs, self._slower_changes(),
         )  # fmt: skip
+
+    def _slower_changes(self) -> dict[str, tuple[list[int], list[int]]]:
+        """For StepOutput.slower."""
+        if not self.info.tier_blocks:
+            return {}
+        changes = self._blocks.take_slower_changes()
+        return {
+            tier: change
+            for tier, change in zip(self.info.tiers[1:], changes, strict=True)
+            if change[0] or change[1]
+        }
 
     def stats(self) -> EngineStats:
         """See Engine.stats."""
@@ -179,6 +199,10 @@ class EngineCore:
     def owned_blocks(self) -> list[int]:
         """See Engine.owned_blocks."""
         return self._blocks.owned()
+
+    def owned_slower(self) -> dict[str, list[int]]:
+        """Short ids of all blocks in slower tiers, by tier."""
+        return dict(zip(self.info.tiers[1:], self._blocks.owned_slower(), strict=True))
 
     def close(self) -> None:
         """See Engine.close. Drops the runner, and with it what that holds on the device."""
@@ -222,8 +246,7 @@ class EngineCore:
         if sequence.num_scored < sequence.num_prompt_tokens:
             # What is cached has no logits: the token before the next scored one is computed.
             ids = ids[: (sequence.num_scored - 1) // self.info.block_size]
-        count, tables = self._blocks.find_prefix(ids)
-        num_unused = sum(self._blocks.num_unused(table) for table in tables)
+        count, num_unused = self._blocks.look(ids)
         return CachedPrefix(count, num_unused, ids[count] if count < len(ids) else None)
 
     def _reusable_ids(self, sequence: SequenceState) -> list[BlockId]:
@@ -239,9 +262,9 @@ class EngineCore:
         known = self._sequences
         for sequence_id in decision.preempted:
             self._preempt(known[sequence_id])
-        # All sharing before any allocation, which may evict what nobody uses.
-        for admission in decision.admissions:
-            self._start(known[admission.sequence_id], admission, now)
+        if decision.admissions:
+            # All sharing before any allocation, which may evict what nobody uses.
+            self._start([(known[item.sequence_id], item) for item in decision.admissions], now)
         scheduled, items = [], []
         for chunk in (*decision.decodes, *decision.prefills, *decision.admissions):
             sequence = known[chunk.sequence_id]
@@ -250,7 +273,7 @@ class EngineCore:
                     table += self._blocks.allocate(chunk.num_new_blocks)
             scheduled.append(sequence)
             items.append(self._item(sequence, chunk.num_tokens))
-        return scheduled, StepPlan(items)
+        return scheduled, StepPlan(items, self._blocks.take_moves())
 
     def _item(self, sequence: SequenceState, num_tokens: int) -> ScheduledSequence:
         start, end = sequence.num_computed, sequence.num_computed + num_tokens
@@ -272,14 +295,20 @@ class EngineCore:
             else NO_SCORES,
         )
 
-    def _start(self, sequence: SequenceState, admission: Chunk, now: float) -> None:
+    def _start(self, admitted: Sequence[tuple[SequenceState, Chunk]], now: float) -> None:
+        prefixes = [
+            self._reusable_ids(sequence)[: admission.num_cached_blocks]
+            for sequence, admission in admitted
+        ]
+        taken = self._blocks.take_prefixes(prefixes)
+        for (sequence, admission), tables in zip(admitted, taken, strict=True):
+            self._start_one(sequence, admission.num_cached_blocks, tables, now)
+
+    def _start_one(
+        self, sequence: SequenceState, count: int, tables: list[list[int]], now: float
+    ) -> None:
         self._unwait(sequence)
         insort(self._running, sequence, key=_ORDER)
-        count = admission.num_cached_blocks
-        # Others were admitted since the decision looked, but none evicted anything.
-        _, tables = self._blocks.find_prefix(self._reusable_ids(sequence)[:count])
-        for table in tables:
-            self._blocks.share(table)
         sequence.tables = tables
         sequence.firsts = [count - len(table) for table in tables]
         sequence.num_registered = count
@@ -371,6 +400,14 @@ class EngineCore:
     def _unwait(self, sequence: SequenceState) -> None:
         self._waiting.remove(sequence)
         self._num_waiting_tokens -= sequence.num_tokens
+
+
+def _block_manager(info: EngineInfo, windows: Sequence[int | None]) -> BlockManager:
+    if not info.tier_blocks:
+        return BlockManager(info.total_blocks, [reach(w, info.block_size) for w in windows])
+    if list(windows) != [None]:
+        raise StartupError("slower KV tiers serve models without windowed layers only")
+    return TieredBlockManager(info.total_blocks, info.tier_blocks)
 
 
 class _Closed:

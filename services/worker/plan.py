@@ -17,6 +17,20 @@ if TYPE_CHECKING:
 NO_SCORES = range(0)
 
 
+#: The number of the device's tier; slower ones follow.
+DEVICE = 0
+
+
+class Move(NamedTuple):
+    """Copy a block's content from a tier's slot to another tier's; of the device, slots
+    are physical blocks."""
+
+    source_tier: int
+    source: int
+    target_tier: int
+    target: int
+
+
 class BlockTable(NamedTuple):
     """Physical blocks of one KV group: `blocks[i]` is the sequence's block `first + i`."""
 
@@ -65,6 +79,8 @@ class StepPlan:
     """All that one step computes, sequences that decode first."""
 
     scheduled: list[ScheduledSequence]
+    #: To be made first, in order; only of engines that have slower tiers.
+    moves: list[Move] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -84,6 +100,8 @@ class StepResult:
     logprobs: dict[int, bytes] = field(default_factory=dict)
     #: Sequence id -> the records of its `scored` tokens.
     prompt_logprobs: dict[int, bytes] = field(default_factory=dict)
+    #: How much of the step's time went into bringing blocks to the device.
+    transfer_ms: float = 0.0
 
 
 class Runner(Protocol):

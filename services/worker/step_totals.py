@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from services.worker.plan import StepPlan
 
 
@@ -63,6 +65,21 @@ class StepTotals:
         self._decode_steps += 1
         self._decode_sequences += num_sequences
         self._decode_context += num_context
+
+    def add_decode_steps(
+        self, num_sequences: int, num_context: int, began: float, ends: Sequence[float]
+    ) -> None:
+        """`add_decodes` for each of steps that follow each other, in which the same
+        sequences get a token each. Times are in seconds."""
+        total = self._step_ms
+        for end in ends:
+            total += (end - began) * 1000
+            began = end
+        count = len(ends)
+        self._step_ms = total
+        self._decode_steps += count
+        self._decode_sequences += count * num_sequences
+        self._decode_context += count * num_context + num_sequences * (count * (count - 1) // 2)
 
     def as_dict(self) -> Totals:
         """The sums so far."""

@@ -168,6 +168,8 @@ class Worker:
         self.sequences.on_step(output)
         if output.stored or output.removed:
             self.publisher.on_change(output.stored, output.removed)
+        for tier, (stored, removed) in output.slower.items():
+            self.publisher.on_change(stored, removed, tier)
         self._changed()
 
     def _changed(self) -> None:
@@ -190,6 +192,7 @@ class Worker:
             total_blocks=self.info.total_blocks,
             resume=self.info.resume,
             tiers=self.info.tiers,
+            tier_ms_per_block=self.info.tier_ms_per_block,
             lease_ttl_ms=self._lease_ttl_ms,
             max_sequences=self.info.max_sequences,
         )

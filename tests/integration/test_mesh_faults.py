@@ -20,6 +20,7 @@ import pytest
 from headrace import registry
 from headrace.registry import Keys
 from headrace.v1 import worker_pb2
+from headrace.v1.router_pb2 import ReservationUpdate
 from services.router.app import App
 from services.router.config import Config
 from services.router.fleet import Model
@@ -96,6 +97,9 @@ class Mesh:
             self.answered += 1
             if result.HasField("error"):
                 self.failures.append(result.error.message)
+            # Or nobody would have room any more.
+            over = ReservationUpdate(id=result.id, event=ReservationUpdate.EVENT_RELEASED)
+            await gateway.say(updates=[over])
             await asyncio.sleep(0.01)
         gateway.stream.cancel()
 

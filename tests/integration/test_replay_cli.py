@@ -129,6 +129,8 @@ def test_help_teaches() -> None:
         (["--blocks", "-1"], "'--blocks'"),
         (["--blocks", "many"], "'many' is not a valid integer"),
         (["--block-size", "0"], "'--block-size'"),
+        (["--host-blocks", "-1"], "'--host-blocks'"),
+        (["--host-gbps", "0"], "a bandwidth must be above 0"),
         (["--routers", "0"], "'--routers'"),
         (["--limit", "0"], "'--limit'"),
         (["--speed", "0"], "a speed must be above 0"),

@@ -9,10 +9,12 @@ from services.worker.kv.layout import (
     most_blocks,
     reach,
 )
+from services.worker.kv.tiered_manager import TieredBlockManager
 
 __all__ = [
     "BlockManager",
     "KVGroup",
+    "TieredBlockManager",
     "block_layers",
     "capacity",
     "group_layers",

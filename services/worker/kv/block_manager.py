@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from headrace.blocks import BlockId
+    from services.worker.plan import Move
 
 #: A block id in group 0; (group, block id) in the others.
 _Key: TypeAlias = "BlockId | tuple[int, BlockId]"
@@ -112,6 +113,23 @@ class BlockManager:
             self._num_references[block] += 1
             self._evictable.pop(block, None)
 
+    def look(self, ids: Sequence[BlockId]) -> tuple[int, int]:
+        """How many leading blocks of `ids` need no computing, and by how many physical
+        ones taking them lowers `num_available`. Changes nothing."""
+        count, tables = self.find_prefix(ids)
+        return count, sum(self.num_unused(table) for table in tables)
+
+    def take_prefixes(self, prefixes: Sequence[Sequence[BlockId]]) -> list[list[list[int]]]:
+        """Add a user to each of `prefixes`, as long as `look` said; for each its tables by
+        group, the last blocks of the prefix that the group needs."""
+        taken = []
+        for ids in prefixes:
+            _, tables = self.find_prefix(ids)
+            for table in tables:
+                self.share(table)
+            taken.append(tables)
+        return taken
+
     def allocate(self, count: int) -> list[int]:
         """Take `count` blocks for one user, evicting the least recently used if it must.
 
@@ -163,9 +181,21 @@ class BlockManager:
         removed = b"".join([block_id for block_id, cached in changes.items() if not cached])
         return short_ids(stored), short_ids(removed)
 
+    def take_moves(self) -> list[Move]:
+        """What is to be copied between tiers, in order, before the next step's work."""
+        return []
+
+    def take_slower_changes(self) -> list[tuple[list[int], list[int]]]:
+        """By slower tier what `take_changes` says of the device."""
+        return []
+
     def owned(self) -> list[int]:
         """Short ids of all cached blocks of group 0."""
         return [short_id(key) for key in self._cached if isinstance(key, bytes)]
+
+    def owned_slower(self) -> list[list[int]]:
+        """Short ids of all blocks in slower tiers, by tier."""
+        return []
 
     def check(self, users: Iterable[Sequence[int]]) -> None:
         """Raise AssertionError if an invariant at the top of this file is broken. For tests.

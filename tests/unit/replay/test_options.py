@@ -27,6 +27,13 @@ def test_speeds_that_are_none(text: str) -> None:
         options.speeds(text)
 
 
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "fast"])
+def test_bandwidths_that_are_none(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="bandwidth must be above 0"):
+        options.gbps(text)
+    assert options.gbps("12.5") == 12.5
+
+
 def test_names_that_are_none() -> None:
     with pytest.raises(click.BadParameter, match="'kw' is none of kv, session"):
         options.names(("kv", "session"))("kv,kw")

@@ -107,6 +107,22 @@ def test_a_shared_prefix_is_computed_once_where_the_router_sends_it() -> None:
     assert apart.reuse_ratio == 0
 
 
+def test_what_does_not_fit_the_device_comes_back_from_the_host() -> None:
+    """A slower tier keeps what the device can't; how fast it comes back is in the TTFT."""
+    once = steady_trace(24, every_ms=400).requests
+    again = [replace(request, arrival_ms=request.arrival_ms + 20_000) for request in once]
+    twice = trace_of(*once, *again)
+    small = replace(SMALL, policy="kv", num_workers=1, num_blocks=20)
+    none = simulate(twice, small)
+    host = simulate(twice, replace(small, host_blocks=400, host_gbps=10.0))
+    slow = simulate(twice, replace(small, host_blocks=400, host_gbps=0.01))
+    assert host.reuse_ratio > none.reuse_ratio
+    assert slow.cached_tokens.sum() == host.cached_tokens.sum()
+    assert np.nanmean(slow.ttft_ms) > np.nanmean(host.ttft_ms)
+    # The router knew what bringing it takes.
+    assert slow.predicted_ttft_ms[24:].mean() > host.predicted_ttft_ms[24:].mean()
+
+
 @pytest.mark.parametrize("num_routers", [1, 3])
 def test_equal_inputs_give_equal_results(num_routers: int) -> None:
     config = replace(
@@ -205,6 +221,7 @@ def test_an_empty_trace_is_over_at_once() -> None:
     [
         ("num_workers", 0), ("num_blocks", 0), ("num_routers", 0), ("max_step_tokens", 3),
         ("hop_ms", -1.0), ("speed", 0.0), ("speed", float("nan")), ("kv_event_delay_ms", -0.1),
+        ("host_blocks", -1), ("disk_gbps", 0.0),
     ],
 )  # fmt: skip
 def test_bad_counts_are_refused(name: str, value: float) -> None:

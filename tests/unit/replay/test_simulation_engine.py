@@ -50,13 +50,18 @@ class Record:
     stats: dict[int, EngineStats] = field(default_factory=dict)
     num_steady: int = 0
     num_preempted: int = 0
+    #: By step, what changed in slower tiers.
+    slower: dict[int, dict[str, tuple[list[int], list[int]]]] = field(default_factory=dict)
 
 
 def engine(core: type[ReplayCore], clock: VirtualClock, **sizes: int) -> ReplayCore:
+    tier_blocks = tuple(size for size in (sizes["host"], sizes["disk"]) if size)
     info = EngineInfo(
         engine="sim", model_revision="", tokenizer_digest="", vocab_size=1 << 32,
         context_len=10_000, block_size=sizes["block_size"], total_blocks=sizes["num_blocks"],
         max_sequences=sizes["max_sequences"], eos_token_ids=(), resume="exact",
+        tiers=("device", "host", "disk")[: 1 + len(tier_blocks)], tier_blocks=tier_blocks,
+        tier_ms_per_block=(0.0, 0.7, 3.0)[: 1 + len(tier_blocks)],
     )  # fmt: skip
     return core(
         info, Polynomial(), clock,
@@ -97,12 +102,19 @@ def drive(
         else:
             output = core.step()
             core.check()
+            note(record, len(record.steps), output)
             record.steps.append(
                 (clock.now(), output.sequence_ids, output.ends, output.stored, output.removed)
             )
         record.stats[len(record.steps)] = core.stats()
     core.check()
     assert core.stats().used_blocks == 0
+    for tier, ids in core.owned_slower().items():
+        found: set[int] = set()
+        for changes in record.slower.values():
+            stored, removed = changes.get(tier, ([], []))
+            found = (found - set(removed)) | set(stored)
+        assert found == set(ids)
     record.num_preempted = core.num_preemptions
     return record
 
@@ -116,6 +128,13 @@ def steady(core: ReplayCore, times: list[float], record: Record) -> None:
         (output.ends, output.stored, output.removed) if output is not None else ([], [], [])
     )
     record.steps.append((times[-1], running, ends, stored, removed))
+    if output is not None:
+        note(record, len(record.steps) - 1, output)
+
+
+def note(record: Record, step: int, output: StepOutput) -> None:
+    if output.slower:
+        record.slower[step] = output.slower
 
 
 def sequence(number: int, arrival: Arrival, block_size: int) -> SequenceRequest:
@@ -155,7 +174,7 @@ ARRIVALS = st.lists(
     max_size=12,
 )
 
-SEEN = {"steady": 0, "plain": 0, "preempted": 0}
+SEEN = {"steady": 0, "plain": 0, "preempted": 0, "slower": 0}
 
 
 @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
@@ -166,22 +185,27 @@ SEEN = {"steady": 0, "plain": 0, "preempted": 0}
     block_size=st.integers(1, 6),
     max_sequences=st.integers(1, 6),
     spare=st.integers(0, 20),
+    host=st.sampled_from([0, 1, 6, 40]),
+    disk=st.sampled_from([0, 3, 40]),
 )
 def check(arrivals: list[Arrival], stop_every: float, **sizes: int) -> None:
     fast = drive(ReplayCore, arrivals, stop_every, **sizes)
     plain = drive(PlainCore, arrivals, stop_every, **sizes)
     assert fast.steps == plain.steps
+    assert fast.slower == plain.slower
     for step, stats in fast.stats.items():
         assert stats == plain.stats[step]
     assert not plain.num_steady
     SEEN["steady"] += fast.num_steady
     SEEN["plain"] += len(plain.steps)
     SEEN["preempted"] += fast.num_preempted
+    SEEN["slower"] += len(fast.slower)
 
 
 def test_hurrying_changes_nothing() -> None:
-    SEEN.update(steady=0, plain=0, preempted=0)
+    SEEN.update(steady=0, plain=0, preempted=0, slower=0)
     check()
     # Else the examples would prove little.
     assert SEEN["steady"] > SEEN["plain"] / 3
     assert SEEN["preempted"]
+    assert SEEN["slower"]

@@ -42,10 +42,15 @@ class TinyEngine:
     table: tuple[int, ...] = (0, 1, 2, 3)
     #: Of its KV groups.
     windows: tuple[int | None, ...] = (None,)
+    #: Blocks of its slower tiers, and what bringing one takes.
+    tier_blocks: tuple[int, ...] = ()
+    tier_ms: tuple[float, ...] = (0.0, 1.0, 5.0)
     step_ms: float = 10.0
     outputs: dict[int, list[int]] = field(default_factory=dict)
     ends: dict[int, SequenceEnd] = field(default_factory=dict)
     owned: set[int] = field(default_factory=set)
+    #: By slower tier.
+    owned_slower: dict[str, set[int]] = field(default_factory=dict)
     requests: dict[int, SequenceRequest] = field(default_factory=dict)
     plans: list[StepPlan] = field(default_factory=list)
 
@@ -61,12 +66,16 @@ class TinyEngine:
             max_sequences=self.max_sequences,
             eos_token_ids=(EOS,),
             resume="exact",
+            tiers=("device", "host", "disk")[: len(self.tier_blocks) + 1],
+            tier_blocks=self.tier_blocks,
+            tier_ms_per_block=self.tier_ms[: len(self.tier_blocks) + 1],
         )
         self.clock = VirtualClock()
         times = Linear(step_ms=self.step_ms, step_ms_per_sequence=0.0, prefill_ms_per_token=1.0)
         self._runner = SimRunner(
-            times, self.clock, self.table, num_blocks=self.num_blocks, block_size=self.block_size
-        )
+            times, self.clock, self.table, num_blocks=self.num_blocks, block_size=self.block_size,
+            tier_blocks=self.tier_blocks, tier_ms_per_block=info.tier_ms_per_block,
+        )  # fmt: skip
         self.core = EngineCore(
             info,
             self,
@@ -76,19 +85,30 @@ class TinyEngine:
             kv_groups=[KVGroup((layer,), window) for layer, window in enumerate(self.windows)],
         )
         self._ids = count(1)
-        #: Slot -> (group, namespace, the tokens up to the one whose KV it holds).
-        self._kv: dict[int, tuple[int, bytes, tuple[int, ...]]] = {}
+        #: By tier: slot -> (group, namespace, the tokens up to the one whose KV it holds).
+        self._tiers: list[dict[int, tuple[int, bytes, tuple[int, ...]]]] = [
+            {} for _ in range(1 + len(self.tier_blocks))
+        ]
+        self._kv = self._tiers[0]
 
     def execute(self, plan: StepPlan) -> StepResult:
         """The Runner interface: records what it is asked and checks the plan's own promises."""
         self.plans.append(plan)
         assert 0 < plan.num_tokens <= self.max_step_tokens
+        self._copy(plan)
         for item in plan.scheduled:
             tables = [BlockTable(item.first_block, item.block_table), *item.more_tables]
             for group, table in enumerate(tables):
                 assert table.first + len(table.blocks) == -(-item.end // self.block_size)
                 self._check_kv(item, group, table)
         return self._runner.execute(plan)
+
+    def _copy(self, plan: StepPlan) -> None:
+        size = self.block_size
+        for tier, source, target_tier, target in plan.moves:
+            for offset in range(size):
+                content = self._tiers[tier][source * size + offset]
+                self._tiers[target_tier][target * size + offset] = content
 
     def _check_kv(self, item: ScheduledSequence, group: int, table: BlockTable) -> None:
         """Every position that a group sees holds what was computed for it; then compute."""
@@ -135,6 +155,13 @@ class TinyEngine:
         assert self.owned >= set(output.removed)
         self.owned = (self.owned | set(output.stored)) - set(output.removed)
         assert sorted(self.owned) == sorted(self.core.owned_blocks())
+        for tier, (stored, removed) in output.slower.items():
+            owned = self.owned_slower.setdefault(tier, set())
+            assert not owned & set(stored)
+            assert owned >= set(removed)
+            self.owned_slower[tier] = (owned | set(stored)) - set(removed)
+        for tier, ids in self.core.owned_slower().items():
+            assert self.owned_slower.get(tier, set()) == set(ids)
         return output
 
     def drain(self, max_steps: int = 5000) -> None:

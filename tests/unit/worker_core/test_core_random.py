@@ -20,16 +20,23 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from services.worker.plan import DEVICE
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from services.worker.plan import Move
 
 # A small alphabet, so that prompts share prefixes.
 TOKENS = st.integers(0, 1)
 PROMPTS = st.lists(TOKENS, max_size=14)
 
 
-def machine(make: Callable[..., Any], preempted: list[int]) -> type[RuleBasedStateMachine]:
-    """The state machine over engines that `make` makes; counts preempted sequences."""
+def machine(
+    make: Callable[..., Any], preempted: list[int], brought: list[Move]
+) -> type[RuleBasedStateMachine]:
+    """The state machine over engines that `make` makes; counts preempted sequences and
+    blocks brought from slower tiers."""
 
     class RandomCore(RuleBasedStateMachine):
         @initialize(
@@ -39,6 +46,7 @@ def machine(make: Callable[..., Any], preempted: list[int]) -> type[RuleBasedSta
             max_sequences=st.integers(1, 4),
             spare=st.integers(0, 6),
             windows=st.sampled_from([(None,), (None,), (3,), (None, 1), (None, 5, 5), (2, 6)]),
+            tier_blocks=st.sampled_from([(), (1,), (4,), (3, 2), (20, 20)]),
         )
         def start(
             self,
@@ -46,10 +54,12 @@ def machine(make: Callable[..., Any], preempted: list[int]) -> type[RuleBasedSta
             spare: int,
             num_blocks: int,
             windows: tuple[int | None, ...],
+            tier_blocks: tuple[int, ...],
             **sizes: int,
         ) -> None:
             self.engine = make(
                 windows=windows,
+                tier_blocks=tier_blocks if windows == (None,) else (),
                 num_blocks=num_blocks * len(windows),
                 max_sequences=max_sequences,
                 max_step_tokens=max_sequences + spare,
@@ -109,14 +119,17 @@ def machine(make: Callable[..., Any], preempted: list[int]) -> type[RuleBasedSta
         def teardown(self) -> None:
             if hasattr(self, "engine"):
                 self.engine.drain()
+                moves = (move for plan in self.engine.plans for move in plan.moves)
+                brought.extend(move for move in moves if move.target_tier == DEVICE)
 
     return RandomCore
 
 
 def test_random_schedules_lose_nothing(tiny: Callable[..., Any]) -> None:
     preempted: list[int] = []
+    brought: list[Move] = []
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        machine(tiny, preempted),
+        machine(tiny, preempted, brought),
         settings=settings(
             max_examples=150,
             stateful_step_count=40,
@@ -128,6 +141,7 @@ def test_random_schedules_lose_nothing(tiny: Callable[..., Any]) -> None:
     )
     # Else the machine would prove little.
     assert preempted
+    assert brought
 
 
 def test_random_schedules_find_a_block_shared_wrongly(tiny: Callable[..., Any]) -> None:
@@ -147,7 +161,7 @@ def test_random_schedules_find_a_block_shared_wrongly(tiny: Callable[..., Any]) 
 
     with pytest.raises(AssertionError):
         run_state_machine_as_test(  # type: ignore[no-untyped-call]
-            machine(make, []),
+            machine(make, [], []),
             settings=settings(
                 max_examples=200,
                 stateful_step_count=20,

@@ -19,6 +19,7 @@ from services.worker.engine import EngineInfo
 from services.worker.engine_core import EngineCore
 from services.worker.engines.sim.clock import RealClock
 from services.worker.engines.sim.runner import SimRunner
+from services.worker.engines.sim.tiers import tiers
 from services.worker.engines.sim.timing import Defaults, create
 from services.worker.engines.sim.tokens import plain_tokens
 
@@ -54,8 +55,12 @@ class SimEngine(EngineCore):
         files = from_path(Path(config.model_path), config.model_name)
         model = model_config.read(files)
         timing = create(config.sim_timing, replace(defaults, model=model))
-        num_blocks = model_config.num_blocks(
-            config, model.kv_elements_per_token * _BYTES_PER_ELEMENT
+        token_bytes = model.kv_elements_per_token * _BYTES_PER_ELEMENT
+        num_blocks = model_config.num_blocks(config, token_bytes)
+        slower = tiers(
+            token_bytes * config.block_size,
+            host=(config.sim_host_blocks, config.sim_host_gbps),
+            disk=(config.sim_disk_blocks, config.sim_disk_gbps),
         )
         info = EngineInfo(
             engine="sim",
@@ -68,11 +73,20 @@ class SimEngine(EngineCore):
             max_sequences=config.max_sequences,
             eos_token_ids=model.eos_token_ids,
             resume="exact",
+            tiers=slower.names,
+            tier_blocks=slower.blocks,
+            tier_ms_per_block=slower.ms_per_block,
             sampling=SUPPORTED,
         )
         self.plain_tokens = plain_tokens(files, model)
         runner = SimRunner(
-            timing, clock, self.plain_tokens, num_blocks=num_blocks, block_size=config.block_size
+            timing,
+            clock,
+            self.plain_tokens,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            tier_blocks=slower.blocks,
+            tier_ms_per_block=slower.ms_per_block,
         )
         super().__init__(
             info,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from headrace.logprobs import pack
 from services.worker.engines.sim.timing import StepWork
 from services.worker.engines.sim.tokens import INITIAL_STATE, choose, fold, score
-from services.worker.plan import StepResult
+from services.worker.plan import DEVICE, StepResult
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,8 +36,19 @@ def work_of(plan: StepPlan, capacity_tokens: int) -> StepWork:
     return StepWork(num_decodes, decode_tokens, prefills, capacity_tokens)
 
 
+def transfer_ms(plan: StepPlan, tier_ms_per_block: Sequence[float]) -> float:
+    """What bringing a plan's blocks to the device takes. Writing them to slower tiers
+    goes on beside the computing and takes nothing."""
+    total = 0.0
+    for move in plan.moves:
+        if move.target_tier == DEVICE:
+            total += tier_ms_per_block[move.source_tier]
+    return total
+
+
 class SimRunner:
-    """A Runner of `num_blocks` blocks. Its tokens come from `table`, ids to choose from."""
+    """A Runner of `num_blocks` blocks, `tier_blocks` of slower tiers beside them. Its
+    tokens come from `table`, ids to choose from. A step waits for what it brings."""
 
     def __init__(
         self,
@@ -47,6 +58,8 @@ class SimRunner:
         *,
         num_blocks: int,
         block_size: int,
+        tier_blocks: Sequence[int] = (),
+        tier_ms_per_block: Sequence[float] = (),
     ) -> None:
         self._timing = timing
         self._capacity_tokens = num_blocks * block_size
@@ -55,6 +68,12 @@ class SimRunner:
         self._block_size = block_size
         #: The state after the token in each slot.
         self._states = array("Q", bytes(8)) * (num_blocks * block_size)
+        #: By tier, the device's first.
+        self._tiers = [
+            self._states,
+            *(array("Q", bytes(8)) * (count * block_size) for count in tier_blocks),
+        ]
+        self._tier_ms_per_block = tier_ms_per_block
         self._ended_at = float("-inf")
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -63,15 +82,24 @@ class SimRunner:
         if began - self._ended_at <= self._clock.slack:
             # From the last end, so that steps keep their pace and delays don't add up.
             began = self._ended_at
+        self._move(plan)
         chosen = [(item, state) for item, state in self._run(plan) if item.sample]
-        result = StepResult([choose(state, self._table) for _, state in chosen])
+        brought_ms = transfer_ms(plan, self._tier_ms_per_block)
+        tokens = [choose(state, self._table) for _, state in chosen]
+        result = StepResult(tokens, transfer_ms=brought_ms)
         for at, (item, state) in enumerate(chosen):
             if (count := item.sampling.logprobs) is not None:
                 result.logprobs[at] = pack([score(state, self._table, count)])
-        taken_ms = self._timing.milliseconds(work_of(plan, self._capacity_tokens))
+        taken_ms = self._timing.milliseconds(work_of(plan, self._capacity_tokens)) + brought_ms
         self._ended_at = began + taken_ms / 1000
         self._clock.wait_until(self._ended_at)
         return result
+
+    def _move(self, plan: StepPlan) -> None:
+        size, tiers = self._block_size, self._tiers
+        for tier, source, target_tier, target in plan.moves:
+            content = tiers[tier][source * size : (source + 1) * size]
+            tiers[target_tier][target * size : (target + 1) * size] = content
 
     def _run(self, plan: StepPlan) -> list[tuple[ScheduledSequence, int]]:
         """Write all states; each sequence's last one."""
