@@ -44,7 +44,7 @@ types:
 contracts:
 	$(BIN)/lint-imports
 
-test: install  ## Run the tests (about 13 minutes on 2 cores)
+test: install  ## Run the tests (about 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
 
 test-all: install  ## Run all tests, the long ones too

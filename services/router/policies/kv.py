@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 STALL_WEIGHT = 0.7
-PACE_WEIGHT = 0.02
+PACE_WEIGHT = 0.05
 #: Tokens of an answer whose length nobody limits further.
 EXPECTED_TOKENS = 340
 #: What a missed objective costs, beside what it is missed by.
